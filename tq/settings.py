@@ -1,0 +1,33 @@
+"""Where settings come from: the environment variables that tq reads, listed once, and the folders it may write to."""
+
+import os
+from pathlib import Path
+
+from tq.errors import UsageError
+
+ENVIRONMENT = {
+    "TQ_BACKEND": "auto, or the one backend that may run operations on packed weights",
+    "TQ_BLAS": "off: leave MLX on Linux with the matrix products of its own wheel",
+    "TQ_THREADS": "threads for native CPU code (default: the cores this process may use)",
+    "TQ_DEBUG": "1: show the traceback behind an error",
+}
+
+
+def debug() -> bool:
+    return os.environ.get("TQ_DEBUG", "") not in ("", "0")
+
+
+def threads() -> int | None:
+    """The number of threads asked for with TQ_THREADS, or None. Raises UsageError if it is not a positive integer."""
+    value = os.environ.get("TQ_THREADS")
+    if not value:
+        return None
+    if not value.isdecimal() or int(value) == 0:
+        raise UsageError(f"TQ_THREADS is {value!r}: it must be a positive number")
+    return int(value)
+
+
+def cache_dir() -> Path:
+    """What can be made again: $XDG_CACHE_HOME/tq, else ~/.cache/tq, on macOS too. Not created here."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "tq"
