@@ -1,0 +1,46 @@
+"""What every operation on packed arrays means, in plain mx. Slow, works everywhere, and the truth for other backends."""
+
+import mlx.core as mx
+
+from tq.engine.quantize import PackedTensor, decode_rotated
+
+name = "reference"
+
+
+def supports(op: str, packed: PackedTensor, dtype: mx.Dtype) -> str | None:
+    """None: the reference runs everything."""
+    return None
+
+
+def _dense(packed: PackedTensor, dtype: mx.Dtype) -> mx.array:
+    if packed.decoded is not None:
+        return packed.decoded.astype(dtype)
+    return decode_rotated(packed, dtype)
+
+
+def matmul(x: mx.array, packed: PackedTensor, transpose: bool = True) -> mx.array:
+    """x @ W^T, or x @ W. x: (..., in) rotated, or (..., out); W: (out, in), or (heads, out, in) with x (..., heads, L, .)"""
+    w = _dense(packed, x.dtype)
+    return x @ (w.swapaxes(-1, -2) if transpose else w)
+
+
+def gather_matmul(x: mx.array, packed: PackedTensor, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+    """x @ W[e]^T for the expert e of each row, as ``mx.gather_mm``. x: (..., 1, in) rotated, indices: (...)."""
+    n_experts = packed.shape[0]
+    if packed.decoded is None and indices.size < n_experts:
+        # Few tokens: decode only the experts that they chose.
+        stored = {k: packed.arrays[k][indices.flatten()] for k in packed.per_matrix_arrays}
+        chosen = PackedTensor(packed.spec, (indices.size, *packed.shape[1:]), packed.arrays | stored)
+        w = decode_rotated(chosen, x.dtype)
+        indices, sorted_indices = mx.arange(indices.size).reshape(indices.shape), False
+    else:
+        w = _dense(packed, x.dtype)
+    return mx.gather_mm(x, w.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=sorted_indices)
+
+
+def embed(ids: mx.array, packed: PackedTensor, dtype: mx.Dtype) -> mx.array:
+    """Rows of W in the rotated basis. ids: (...) -> (..., in)."""
+    if packed.decoded is not None:
+        return packed.decoded[ids].astype(dtype)
+    rows = {k: packed.arrays[k][ids] for k in packed.per_matrix_arrays}
+    return decode_rotated(PackedTensor(packed.spec, (*ids.shape, packed.in_features), packed.arrays | rows), dtype)
