@@ -1,0 +1,138 @@
+"""Modules over packed arrays: what mlx-lm's Linear, Embedding, SwitchLinear and MultiLinear become. Thin, over ops."""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from tq.engine import ops
+from tq.engine.quantize import PackedTensor, decode_rotated
+from tq.engine.quantize.packed import SHARED
+
+
+class Rotation:
+    """The rotation of one activation, shared by the modules that read it.
+
+    q, k and v (or gate and up, or all experts) are called with the same array: it is rotated once. Only the last
+    activation is kept, and found by identity, so nothing can go stale.
+    """
+
+    def __init__(self, signs: mx.array):
+        self.signs = signs
+        self._last: tuple[mx.array, mx.array] | None = None
+
+    def __call__(self, x: mx.array) -> mx.array:
+        last = self._last
+        if last is None or last[0] is not x:
+            last = (x, ops.rotate(x, self.signs))
+            self._last = last
+        return last[1]
+
+    def inverse(self, y: mx.array) -> mx.array:
+        return ops.unrotate(y, self.signs)
+
+
+class _Hidden:
+    """What a module must not list in ``parameters()``: arrays that belong to many modules, and derived ones."""
+
+    def __init__(self, packed: PackedTensor):
+        self.shape = tuple(packed.shape)
+        self.shared = {k: v for k, v in packed.arrays.items() if k in SHARED}
+        self.decoded: mx.array | None = None
+
+
+class QuantModule(nn.Module):
+    """A module whose weight is a PackedTensor.
+
+    Args:
+        packed: The matrix, (..., out, in).
+        rotation: The rotation of its inputs, or None. Modules with equal signs should share one.
+        bias: (..., out) or None.
+    """
+
+    def __init__(self, packed: PackedTensor, rotation: Rotation | None, bias: mx.array | None = None):
+        super().__init__()
+        self.spec = packed.spec
+        self.rotation = rotation
+        self.hidden = _Hidden(packed)
+        for name in packed.per_matrix_arrays:
+            self[name] = packed.arrays[name]
+        if bias is not None:
+            self.bias = bias
+        self.freeze()
+
+    @property
+    def packed(self) -> PackedTensor:
+        stored = {name: array for name, array in self.items() if name != "bias"}
+        return PackedTensor(self.spec, self.hidden.shape, stored | self.hidden.shared, self.hidden.decoded)
+
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """(..., out, in)."""
+        return self.hidden.shape
+
+    def keep_decoded(self, dtype: mx.Dtype) -> None:
+        """Hold the dense weight in memory, for a backend that would decode it for every token."""
+        self.hidden.decoded = decode_rotated(self.packed, dtype)
+
+    def rotate(self, x: mx.array) -> mx.array:
+        return x if self.rotation is None else self.rotation(x)
+
+    def unrotate(self, y: mx.array) -> mx.array:
+        return y if self.rotation is None else self.rotation.inverse(y)
+
+    def _extra_repr(self) -> str:
+        return f"shape={self.dense_shape}, {self.spec.label()}"
+
+
+class QuantLinear(QuantModule):
+    """``nn.Linear``: x (..., in) -> (..., out)."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = ops.matmul(self.rotate(x), self.packed)
+        return y + self.bias if "bias" in self else y
+
+
+class QuantEmbedding(QuantModule):
+    """``nn.Embedding``: ids (...) -> (..., in), and as a tied head x (..., in) -> (..., out).
+
+    Args:
+        dtype: The type of the activations, which start here.
+    """
+
+    def __init__(self, packed: PackedTensor, rotation: Rotation | None, dtype: mx.Dtype):
+        super().__init__(packed, rotation)
+        self.dtype = dtype
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        return self.unrotate(ops.embed(ids, self.packed, self.dtype))
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return ops.matmul(self.rotate(x), self.packed)
+
+
+class QuantSwitchLinear(QuantModule):
+    """mlx-lm's ``SwitchLinear``: x (..., 1, in) and the expert of each row -> (..., 1, out)."""
+
+    @property
+    def input_dims(self) -> int:
+        return self.dense_shape[2]
+
+    @property
+    def output_dims(self) -> int:
+        return self.dense_shape[1]
+
+    @property
+    def num_experts(self) -> int:
+        return self.dense_shape[0]
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        y = ops.gather_matmul(self.rotate(x), self.packed, indices, sorted_indices)
+        return y + mx.expand_dims(self.bias[indices], -2) if "bias" in self else y
+
+
+class QuantMultiLinear(QuantModule):
+    """mlx-lm's ``MultiLinear``: one matrix per head, x (..., heads, L, in) -> (..., heads, L, out), or transposed."""
+
+    def __call__(self, x: mx.array, transpose: bool = True) -> mx.array:
+        if transpose:
+            return ops.matmul(self.rotate(x), self.packed)
+        return self.unrotate(ops.matmul(x, self.packed, transpose=False))

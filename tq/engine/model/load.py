@@ -1,0 +1,235 @@
+"""A checkpoint on disk to a runnable model: tq's format, turboquant's, GGUF, and whatever mlx-lm itself loads."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import psutil
+from mlx.utils import tree_flatten, tree_unflatten
+
+from tq.engine import ops
+from tq.engine.model import formats, hub, layers, turboquant
+from tq.engine.model.architecture import build_model, outline
+from tq.engine.model.roles import matrices
+from tq.engine.model.safetensors import read_folder_headers
+from tq.engine.model.sources import OWN_MODES, FolderSource, GGUFSource, quantization_mode, read_config
+from tq.engine.quantize import PackedTensor
+from tq.errors import TQError
+
+LAYERS = {
+    "linear": layers.QuantLinear,
+    "switch": layers.QuantSwitchLinear,
+    "multi": layers.QuantMultiLinear,
+}
+HALF = (mx.float16, mx.bfloat16)
+
+
+@dataclass
+class LoadedModel:
+    """A model that can run.
+
+    Attributes:
+        model: mlx-lm's module.
+        tokenizer: mlx-lm's TokenizerWrapper.
+        config: config.json.
+        path: The folder or file.
+        notes: What a person should know about how it runs.
+        size_bytes: Bytes of its tensors on disk.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    config: dict[str, Any]
+    path: Path
+    notes: list[str]
+    size_bytes: int
+
+
+def load(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> LoadedModel:
+    """Load a model folder, a GGUF file or a Hub id, with its tokenizer.
+
+    Raises:
+        TQError: It does not exist, is damaged, or mlx-lm has no such architecture.
+    """
+    path = hub.resolve(str(model), revision, trust_remote_code=trust_remote_code)
+    if path.is_file():
+        return _load_gguf(path, str(model))
+    source = FolderSource(path, name=str(model), trust_remote_code=trust_remote_code)
+    size = sum(header.size_bytes for header in source.headers.values())
+    if quantization_mode(source.config) in OWN_MODES:
+        network, notes = load_packed(path, trust_remote_code)
+    else:
+        network, notes = _load_mlx_lm(path, trust_remote_code)
+    tokenizer = _load_tokenizer(path, source.config, trust_remote_code)
+    return LoadedModel(network, tokenizer, source.config, path, notes, size)
+
+
+def load_packed(path: Path, trust_remote_code: bool = False) -> tuple[nn.Module, list[str]]:
+    """The model of a tq or turboquant folder, without its tokenizer, and notes on how it runs.
+
+    Raises:
+        TQError: A tensor is missing, or has another shape than the model or its spec says.
+    """
+    config = read_config(path)
+    weights: dict[str, mx.array] = {}
+    for shard in dict.fromkeys(header.path for header in read_folder_headers(path).values()):
+        weights.update(mx.load(str(shard)))  # type: ignore[arg-type]
+    model = build_model(config, path, trust_remote_code)
+    _drop_absent_head(model, weights)
+    found = matrices(model)
+    reader = turboquant if turboquant.is_turboquant(config) else formats
+    packed = reader.read_matrices(config, weights, {p: m.shape for p, m in found.items()})
+    dtype, notes = activation_dtype(_stored_dtype(config, weights))
+    replaced = _modules(packed, {p: m.kind for p, m in found.items()}, weights, dtype)
+    model.update_modules(tree_unflatten(list(replaced.items())))
+    rest = {name: _cast(array, dtype) for name, array in weights.items()}
+    wanted = {name for name, _ in tree_flatten(model.parameters())}
+    stored = {f"{path}.{name}" for path, module in replaced.items() for name in module.parameters()}
+    if missing := sorted(wanted - stored - rest.keys()):
+        raise TQError(f"{path} has no tensor for {missing[0]}", "download or convert the model again")
+    model.load_weights([(name, array) for name, array in rest.items() if name in wanted], strict=False)
+    model.eval()
+    notes += _keep_decoded(replaced, dtype)
+    _evaluate(model, replaced)
+    return model, notes
+
+
+def _modules(
+    packed: dict[str, PackedTensor], kinds: dict[str, str], weights: dict[str, mx.array], dtype: mx.Dtype
+) -> dict[str, layers.QuantModule]:
+    """The module of each packed matrix. Takes their biases out of ``weights``."""
+    rotations: dict[int, layers.Rotation] = {}
+    modules: dict[str, layers.QuantModule] = {}
+    for path, matrix in packed.items():
+        rotation = None
+        if matrix.spec.rotation == "hadamard":
+            signs = matrix.arrays["signs"]
+            rotation = rotations.setdefault(id(signs), layers.Rotation(signs))
+        if kinds[path] == "embedding":
+            modules[path] = layers.QuantEmbedding(matrix, rotation, dtype)
+        else:
+            bias = weights.pop(f"{path}.bias", None)
+            modules[path] = LAYERS[kinds[path]](matrix, rotation, None if bias is None else _cast(bias, dtype))
+    return modules
+
+
+def _drop_absent_head(model: nn.Module, weights: dict[str, mx.array]) -> None:
+    """Remove a head that the checkpoint does not have: its model shares the embedding.
+
+    mlx-lm's Gemma 3 and RecurrentGemma decide this from the weights, in ``sanitize``.
+    """
+    parents = dict(model.named_modules())
+    for path in list(parents):
+        parent, _, name = path.rpartition(".")
+        if name == "lm_head" and not any(tensor.startswith(f"{path}.") for tensor in weights):
+            parents[parent].pop(name)
+            if hasattr(parents[parent], "tie_word_embeddings"):
+                parents[parent].tie_word_embeddings = True
+
+
+def activation_dtype(stored: mx.Dtype) -> tuple[mx.Dtype, list[str]]:
+    """The type in which a model of ``stored`` type runs here, and a note where that is another one."""
+    if mx.default_device() == mx.Device(mx.cpu) and stored in HALF:
+        name = str(stored).split(".")[-1]
+        return mx.float32, [f"no GPU: the model runs in float32 instead of {name}, which MLX's CPU backend runs slowly"]
+    return stored, []
+
+
+def _stored_dtype(config: dict, weights: dict[str, mx.array]) -> mx.Dtype:
+    name = config.get("quantization", {}).get("dtype") or config.get("dtype") or config.get("torch_dtype")
+    if name in ("float16", "bfloat16", "float32"):
+        return getattr(mx, name)
+    kept = [a.dtype for name, a in weights.items() if name.endswith("norm.weight")]
+    return kept[0] if kept else mx.bfloat16
+
+
+def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Half types to the activation's; float32 stays, as models keep what must be exact in it."""
+    return array.astype(dtype) if array.dtype in HALF else array
+
+
+def _keep_decoded(modules: dict[str, layers.QuantModule], dtype: mx.Dtype) -> list[str]:
+    """Hold dense weights where the reference backend would decode them for every token, if memory allows."""
+    slow = [
+        module
+        for module in modules.values()
+        if ops.select(
+            "gather_matmul" if isinstance(module, layers.QuantSwitchLinear) else "matmul", module.packed, dtype
+        )
+        is ops.reference
+    ]
+    size = sum(mx.array(0, dtype).itemsize * _n(module.dense_shape) for module in slow)
+    if not slow:
+        return []
+    if size > psutil.virtual_memory().available // 2:
+        return [f"no fast kernel for these codes here: {size / 1e9:.1f} GB of weights are decoded for every token"]
+    for module in slow:
+        module.keep_decoded(dtype)
+    return [f"no fast kernel for these codes here: weights are decoded once and take {size / 1e9:.2f} GB of memory"]
+
+
+def _n(shape: tuple[int, ...]) -> int:
+    n = 1
+    for d in shape:
+        n *= d
+    return n
+
+
+def _evaluate(model: nn.Module, modules: dict[str, layers.QuantModule]) -> None:
+    """Read the weights, module by module, so that what is read is dropped before the next."""
+    for module in modules.values():
+        mx.eval(module.parameters(), module.hidden.shared, module.hidden.decoded)
+    mx.eval(model.parameters())
+
+
+def _load_gguf(path: Path, name: str) -> LoadedModel:
+    """A GGUF file, dequantized in memory: as the reference that a conversion is compared with."""
+    if path.suffix != ".gguf":
+        raise TQError(f"{name} is not a model: give a folder, a .gguf file or a Hub id")
+    source = GGUFSource(path, name=name)
+    found = outline(source)
+    dtype, notes = activation_dtype(mx.float16)
+    weights = []
+    for parameter in list(found.weights):
+        array = source.materialize(found.weights.pop(parameter))
+        weights.append((parameter, _cast(array, dtype)))
+        mx.eval(weights[-1][1])
+    found.model.load_weights(weights)
+    found.model.eval()
+    with tempfile.TemporaryDirectory() as folder:
+        source.copy_side_files(Path(folder))
+        tokenizer = _load_tokenizer(Path(folder), source.config, False)
+    size = sum(header.size_bytes for header in source.headers.values())
+    return LoadedModel(found.model, tokenizer, source.config, path, notes + found.notes, size)
+
+
+def _load_mlx_lm(path: Path, trust_remote_code: bool) -> tuple[nn.Module, list[str]]:
+    from mlx_lm.utils import load_model
+
+    config = read_config(path)
+    build_model(config, path, trust_remote_code)  # for its errors, which say what to do
+    try:
+        model, config = load_model(path, lazy=True, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError) as error:
+        raise TQError(f"mlx-lm cannot load {path}: {str(error).splitlines()[0]}") from error
+    halves = {a.dtype for _, a in tree_flatten(model.parameters()) if a.dtype in HALF}
+    notes: list[str] = []
+    if halves:
+        dtype, notes = activation_dtype(halves.pop())
+        if dtype not in HALF:
+            model.update(tree_unflatten([(n, _cast(a, dtype)) for n, a in tree_flatten(model.parameters())]))
+    mx.eval(model.parameters())
+    return model, notes
+
+
+def _load_tokenizer(path: Path, config: dict, trust_remote_code: bool) -> Any:
+    from mlx_lm.utils import load_tokenizer
+
+    extra = {"trust_remote_code": True} if trust_remote_code else None
+    try:
+        return load_tokenizer(path, extra, eos_token_ids=config.get("eos_token_id"))
+    except (OSError, ValueError) as error:
+        raise TQError(f"{path} has no tokenizer that can be loaded: {str(error).splitlines()[0]}") from error
