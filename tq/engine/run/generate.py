@@ -1,0 +1,262 @@
+"""A prompt in, a stream of tokens out: the chat template, and the one loop around mlx-lm's generate_step."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import mlx.core as mx
+
+from tq.engine.events import Note
+from tq.engine.run.sampling import (
+    GenerateOptions,
+    generation_config,
+    logits_processors,
+    resolve_options,
+    token_sampler,
+)
+from tq.errors import TQError, UsageError
+
+if TYPE_CHECKING:
+    from tq.engine.model.load import LoadedModel
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token, the end-of-sequence token included.
+
+    `text` is what can be shown now: empty while a character is incomplete or a stop string may have begun.
+    `logprob` is the natural logarithm of the token's probability at temperature 1, after the repetition penalty.
+    """
+
+    text: str
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last event. "stop": end-of-sequence or a stop string; "length": max_tokens, or the context is full.
+
+    Prefill lasts until the first token is known; decode is every token after that one.
+    """
+
+    reason: Literal["stop", "length"]
+    prompt_tokens: int
+    tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    peak_memory_bytes: int
+
+
+def encode_prompt(
+    tokenizer, prompt: str, system: str | None = None, raw: bool = False, think: bool = True
+) -> list[int]:
+    """Turn a question into token ids, through the chat template where the tokenizer has one.
+
+    Args:
+        tokenizer: mlx-lm's TokenizerWrapper.
+        prompt: The user's message, or the text to continue when `raw` or without a template.
+        system: A system message; needs a template.
+        raw: Ignore the template.
+        think: False asks a reasoning model to answer at once, where its template knows how.
+
+    Raises:
+        UsageError: The prompt is empty, or there is no template for the system message.
+        TQError: The template refuses the messages.
+    """
+    if not prompt.strip():
+        raise UsageError("the prompt is empty", hint="give at least one character that is not a space")
+    if raw or not tokenizer.has_chat_template:
+        if system is not None:
+            why = "a raw prompt has none" if raw else "this model has none"
+            raise UsageError(f"a system prompt needs a chat template, and {why}", hint="put it into the prompt")
+        if tokenizer.bos_token and prompt.startswith(tokenizer.bos_token):
+            return tokenizer.encode(prompt, add_special_tokens=False)
+        return bos_tokens(tokenizer) + tokenizer.encode(prompt, add_special_tokens=False)
+
+    from jinja2 import TemplateError
+
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages.append({"role": "user", "content": prompt})
+    switches = dict.fromkeys(_thinking_switches(tokenizer), think)
+    try:
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, **switches))
+    except TemplateError as error:
+        raise TQError(
+            f"the model's chat template refuses these messages: {error}",
+            hint="it may take them without a system prompt, or as a raw prompt",
+        ) from error
+
+
+def prompt_notes(tokenizer, raw: bool = False, think: bool = True) -> list[Note]:
+    """What a person should know about how encode_prompt will treat these arguments."""
+    if raw:
+        return []
+    if not tokenizer.has_chat_template:
+        return [Note("this model has no chat template: it continues the prompt as plain text")]
+    if not think and not _thinking_switches(tokenizer):
+        return [Note("this model's chat template has no switch for thinking: it answers as it always does")]
+    return []
+
+
+def bos_tokens(tokenizer) -> list[int]:
+    """[the beginning-of-sequence token] if the tokenizer puts one before a text, else []."""
+    bos = [tokenizer.bos_token_id]
+    with_special = tokenizer.encode("a", add_special_tokens=True)
+    without = tokenizer.encode("a", add_special_tokens=False)
+    return bos if with_special[:1] == bos and without[:1] != bos else []
+
+
+def context_length(config: dict) -> int | None:
+    """How many tokens the model was made for, by its config; None if nothing bounds it (recurrent models)."""
+    config = {**config, **(config.get("text_config") or {})}
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
+    length = next((config[name] for name in names if config.get(name)), None)
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+    if length and original and factor:  # some configs state the length before scaling, some after
+        length = max(length, int(original * factor))
+    return length
+
+
+def generate(
+    loaded: LoadedModel, prompt_tokens: Sequence[int], options: GenerateOptions | None = None
+) -> Iterator[Token | Finished]:
+    """Continue a prompt, one event per token, then one Finished.
+
+    The text of all tokens joined is the answer: only whole characters, and nothing of a stop string.
+    Closing the iterator early (Ctrl-C) stops the model and gives its memory back.
+
+    Raises:
+        UsageError: No prompt tokens.
+        TQError: The prompt does not fit the model's context, or generation_config.json is wrong.
+    """
+    options, _ = resolve_options(loaded, options or GenerateOptions())
+    if len(prompt_tokens) == 0:
+        raise UsageError("the prompt is empty: the model needs at least 1 token to continue")
+    limit = options.max_tokens
+    context = context_length(loaded.config)
+    if context is not None:
+        if len(prompt_tokens) >= context:
+            raise TQError(
+                f"the prompt has {len(prompt_tokens)} tokens and this model takes 1 to {context - 1}, "
+                f"so that its context of {context} has room for an answer",
+                hint="shorten the prompt, or choose a model with a longer context",
+            )
+        limit = min(limit, context - len(prompt_tokens))
+    return _events(loaded, list(prompt_tokens), options, limit)
+
+
+def _events(
+    loaded: LoadedModel, prompt_tokens: list[int], options: GenerateOptions, limit: int
+) -> Iterator[Token | Finished]:
+    from mlx_lm.generate import generate_step, generation_stream
+    from mlx_lm.utils import maybe_set_recommended_wired_limit
+
+    end_ids = _end_ids(loaded)
+    detokenizer = loaded.tokenizer.detokenizer
+    stops = _StopFilter(options.stop)
+    reason: Literal["stop", "length"] = "length"
+    count = 0
+    if options.seed is not None:
+        mx.random.seed(options.seed)
+    mx.reset_peak_memory()
+    wired_limit = maybe_set_recommended_wired_limit()
+    start = prefilled = time.perf_counter()
+    steps = generate_step(
+        mx.array(prompt_tokens),
+        loaded.model,
+        max_tokens=limit,
+        sampler=token_sampler(options, len(loaded.tokenizer)),
+        logits_processors=logits_processors(options, len(prompt_tokens), end_ids),
+    )
+    try:
+        for token_id, logprobs in steps:
+            count += 1
+            if count == 1:
+                prefilled = time.perf_counter()
+            if token_id in end_ids:
+                reason = "stop"
+            else:
+                detokenizer.add_token(token_id)
+            last = reason == "stop" or count == limit
+            if last:
+                detokenizer.finalize()
+            text = detokenizer.last_segment
+            if last:
+                text = text.rstrip("\ufffd")  # the first bytes of a character that the end cut off
+            if count > options.min_tokens:
+                text, stopped = stops.push(text)
+                if stopped:
+                    reason, last = "stop", True
+                elif last:
+                    text += stops.held
+            yield Token(text, token_id, logprobs[token_id].item())
+            if last:
+                break
+    finally:
+        # generate_step works one token ahead and leaves its stream as the default until it is closed.
+        steps.close()
+        mx.synchronize(generation_stream)
+        if wired_limit is not None:
+            mx.set_wired_limit(wired_limit)
+    prefill_seconds, decode_seconds = prefilled - start, time.perf_counter() - prefilled
+    yield Finished(
+        reason=reason,
+        prompt_tokens=len(prompt_tokens),
+        tokens=count,
+        prefill_seconds=prefill_seconds,
+        decode_seconds=decode_seconds,
+        prefill_tokens_per_second=len(prompt_tokens) / prefill_seconds,
+        decode_tokens_per_second=(count - 1) / decode_seconds if count > 1 else 0.0,
+        peak_memory_bytes=mx.get_peak_memory(),
+    )
+
+
+class _StopFilter:
+    """Passes text on until a stop string appears, and holds back what may become one."""
+
+    def __init__(self, stops: Sequence[str]):
+        self.stops = stops
+        self.held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Return the text that can be shown, and whether a stop string followed it."""
+        self.held += text
+        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
+        if found:
+            return self.held[: min(found)], True
+        keep = max((_overlap(self.held, stop) for stop in self.stops), default=0)
+        split = len(self.held) - keep
+        text, self.held = self.held[:split], self.held[split:]
+        return text, False
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`."""
+    return next(n for n in range(min(len(text), len(stop)), -1, -1) if text.endswith(stop[:n]))
+
+
+def _end_ids(loaded: LoadedModel) -> set[int]:
+    """Every token that ends a sequence: the tokenizer's, config.json's and generation_config.json's."""
+    ids = set(loaded.tokenizer.eos_token_ids)
+    for config in (loaded.config, generation_config(loaded.path)):
+        found = config.get("eos_token_id")
+        ids |= {found} if isinstance(found, int) else set(found or ())
+    return ids
+
+
+def _thinking_switches(tokenizer) -> list[str]:
+    """Names of the chat template's variables that turn thinking on and off."""
+    template = getattr(tokenizer, "chat_template", None)
+    if template is None:  # a renderer in code, where mlx-lm knows the name
+        return ["enable_thinking"] if tokenizer.has_thinking else []
+    text = template if isinstance(template, str) else json.dumps(template)
+    return [name for name in ("enable_thinking", "thinking") if re.search(rf"\b{name}\b", text)]
