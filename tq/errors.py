@@ -1,4 +1,4 @@
-"""What a person may do wrong, or meet, said in one sentence with a hint. Not for programmers' mistakes: those are exceptions."""
+"""What a person may do wrong, or meet, in one sentence with a hint. Not for programmers' mistakes."""
 
 
 class TQError(Exception):

@@ -1,0 +1,66 @@
+"""`tq doctor`: every finding, in both forms, and exit code 1 when something is broken."""
+
+import json
+import sys
+
+import pytest
+
+NAMES = ["system", "chip", "memory", "disk", "python", "blas", "mlx", "mlx-lm", "device", "backends", "hub", "settings"]
+
+
+def test_a_working_machine_has_every_finding_and_code_0(tq):
+    result = tq("doctor")
+    assert (result.code, result.err) == (0, "")
+    rows = result.out.split("\n\n")[0].splitlines()[1:]
+    assert [row.split()[1] for row in rows] == NAMES
+    assert {row.split()[0] for row in rows} <= {"ok", "note"}
+
+
+def test_json_has_fact_and_fix(tq):
+    findings = json.loads(tq("doctor", "--json").out)["findings"]
+    assert [finding["name"] for finding in findings] == NAMES
+    assert all(set(finding) == {"name", "ok", "fact", "fix"} for finding in findings)
+
+
+def test_kernels_shows_backends_and_reasons(tq):
+    kernels = json.loads(tq("doctor", "--kernels", "--json").out)["kernels"]
+    assert {"operation", "codes", "backend", "declined"} == set(kernels[0])
+    assert "reference" in {record["backend"] for record in kernels}
+    assert "matmul" in tq("doctor", "--kernels").out
+
+
+def test_a_wrong_setting_is_broken(tq, monkeypatch):
+    monkeypatch.setenv("TQ_BACKEND", "fast")
+    result = tq("doctor")
+    assert result.code == 1
+    assert "FAIL  backends" in result.out
+    assert "TQ_BACKEND=fast is not one of" in result.out
+
+
+def test_an_mlx_lm_of_another_version_is_broken(tq, monkeypatch):
+    from tq.engine.machine import doctor
+
+    real = doctor.metadata.version
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: "0.31.9" if name == "mlx-lm" else real(name))
+    result = tq("doctor")
+    assert result.code == 1
+    assert "mlx-lm: pip install 'mlx-lm>=0.32.2,<0.33'" in result.out
+
+
+def test_the_versions_of_mlx_lm_are_those_of_the_package():
+    import tomllib
+    from pathlib import Path
+
+    from tq.engine.machine.doctor import MLX_LM
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    first, beyond = (".".join(map(str, version)) for version in MLX_LM)
+    assert f"mlx-lm>={first}.2,<{beyond}" in project["dependencies"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a choice of BLAS")
+def test_a_slow_blas_is_a_note_with_its_reason(program, tmp_path):
+    result = program("doctor", PATH="/nonexistent", XDG_CACHE_HOME=str(tmp_path))
+    assert result.code == 0
+    assert "note  blas" in result.out
+    assert "no C compiler" in result.out

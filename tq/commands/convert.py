@@ -1,0 +1,200 @@
+"""`tq convert`: a checkpoint in, a quantized checkpoint out. The plan comes first; the work can be interrupted."""
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from tq.commands import options
+from tq.errors import UsageError
+from tq.output import Output, facts, human_bytes, human_count, human_seconds, render
+
+if TYPE_CHECKING:
+    from tq.engine.model.plan import Plan
+
+EPILOG = options.examples(
+    "tq convert -m HuggingFaceTB/SmolLM2-135M-Instruct --bits 4",
+    "tq convert -m ./model -o ./model-3bit --bits 3 --head-bits 8 --protect 0-1",
+    "tq convert -m model.gguf --recipe 16gb --dry-run",
+)
+
+
+def bits_for(flag: str, what: str) -> Any:
+    return typer.Option(flag, metavar="BITS", help=f"Bits for {what}.")
+
+
+def convert(
+    *,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", metavar="MODEL", help="A model folder, a GGUF file or a Hugging Face Hub id.  [required]"
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FOLDER", help="Where to write; by default a name made of model and bits."),
+    ] = None,
+    bits: Annotated[
+        str | None,
+        typer.Option("--bits", "-b", metavar="BITS", help="1 to 8, ternary, or none; 4 if nothing else says so."),
+    ] = None,
+    group_size: Annotated[
+        str | None, typer.Option("--group-size", metavar="N", help="Weights per scale: 32, 64, 128 or row.")
+    ] = None,
+    codec: Annotated[
+        str | None, typer.Option("--codec", metavar="NAME", help="lloyd-max, ternary, affine or none.")
+    ] = None,
+    rotation: Annotated[str | None, typer.Option("--rotation", metavar="NAME", help="hadamard or none.")] = None,
+    attention_bits: Annotated[str | None, bits_for("--attention-bits", "attention")] = None,
+    mlp_bits: Annotated[str | None, bits_for("--mlp-bits", "the feed-forward layers")] = None,
+    expert_bits: Annotated[str | None, bits_for("--expert-bits", "experts")] = None,
+    expert_down_bits: Annotated[str | None, bits_for("--expert-down-bits", "the last matrix of experts")] = None,
+    embedding_bits: Annotated[str | None, bits_for("--embedding-bits", "the token embedding")] = None,
+    head_bits: Annotated[str | None, bits_for("--head-bits", "the output head")] = None,
+    protect: Annotated[
+        str | None, typer.Option("--protect", metavar="LAYERS", help="Layers that get more bits, such as 0-1,30.")
+    ] = None,
+    protect_bits: Annotated[
+        int | None, typer.Option("--protect-bits", metavar="BITS", help="How many they get; 8 if not given.")
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", metavar="FILE", help="A TOML file or the name of a profile; options go over it."),
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None,
+        typer.Option("--dtype", help="Type of what stays unquantized; by default the source's, bfloat16 for float32."),
+    ] = None,
+    format: Annotated[
+        Literal["tq", "turboquant"], typer.Option("--format", help="turboquant: for the project of that name.")
+    ] = "tq",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, with exact sizes, and stop.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away what an interrupted run left, and start over.")
+    ] = False,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+    hf_path: Annotated[str | None, typer.Option("--hf-path", hidden=True)] = None,
+    mlx_path: Annotated[Path | None, typer.Option("--mlx-path", hidden=True)] = None,
+) -> None:
+    """Quantize a model.
+
+    Needs the memory of one tensor and one output file, whatever the size of the model. An interrupted conversion goes
+    on where it stopped when the same command is given again.
+    """
+    say = Output(json=json, quiet=quiet, verbose=verbose)
+    model = model or hf_path
+    if model is None:
+        raise UsageError("convert needs a model", hint="tq convert -m MODEL; tq convert --help lists the options")
+    out = out or mlx_path or default_out(model, format, bits=bits, codec=codec, recipe=recipe)
+
+    from tq.cpu import blas
+
+    say.detail(f"BLAS: {blas.enable().reason}")
+    from tq.engine.machine.facts import free_disk_bytes
+    from tq.engine.model.convert import convert as carry_out
+    from tq.engine.model.plan import make_plan
+    from tq.engine.model.recipe import Recipe
+    from tq.engine.model.sources import open_source
+
+    chosen = Recipe.from_options(
+        recipe=recipe,
+        bits=bits,
+        group_size=group_size,
+        codec=codec,
+        rotation=rotation,
+        attention_bits=attention_bits,
+        mlp_bits=mlp_bits,
+        expert_bits=expert_bits,
+        expert_down_bits=expert_down_bits,
+        embedding_bits=embedding_bits,
+        head_bits=head_bits,
+        protect=protect,
+        protect_bits=protect_bits,
+    )
+    source = open_source(model, revision=revision, trust_remote_code=trust_remote_code)
+    plan = make_plan(source, chosen, dtype=dtype, format=format, trust_remote_code=trust_remote_code)
+    free = free_disk_bytes(out)
+    document = {"model": model, "out": str(out), "free_disk_bytes": free, **describe(plan)}
+    for note in plan.notes:
+        say.say(note)
+    if dry_run:
+        table = render(by_tensor(plan) if verbose else plan.by_role(), "table")
+        say.result(document, f"{table}\n\n{summary(model, out, plan, free)}")
+        return
+
+    say.say(summary(model, out, plan, free))
+    try:
+        (done,) = say.follow(carry_out(plan, out, restart=restart), "Converting")
+    except KeyboardInterrupt:
+        say.warn("stopped; the same command goes on from here, with --restart it starts over")
+        raise
+    rate = done.weights / done.seconds
+    text = f"{out}: {human_bytes(done.size_bytes)} in {human_seconds(done.seconds)} ({human_count(rate)} weights/s)"
+    report = {"seconds": done.seconds, "encode_seconds": done.encode_seconds, "weights_per_second": rate}
+    say.result({**document, **report}, text)
+    say.say(f'Try it: tq run -m {shlex.quote(str(out))} "What is gravity?"')
+
+
+def default_out(model: str, format: str, *, bits: str | None, codec: str | None, recipe: str | None) -> Path:
+    """A folder here, named for the model and what makes it different: `SmolLM2-135M-Instruct-tq4`."""
+    name = Path(model).name.removesuffix(".gguf")
+    what = bits or (Path(recipe).stem if recipe else codec) or "4"
+    return Path(f"{name}-{format}{what}" if what.isdigit() else f"{name}-{format}-{what}")
+
+
+def describe(plan: "Plan") -> dict[str, Any]:
+    """The plan as JSON, tensor by tensor."""
+    return {
+        "source_bytes": plan.source_bytes,
+        "size_bytes": plan.size_bytes,
+        "weights": plan.weights,
+        "bits_per_weight": plan.bits_per_weight,
+        "quantized_bits_per_weight": plan.quantized_bits_per_weight,
+        "peak_memory_bytes": plan.peak_memory_bytes,
+        "dtype": plan.dtype,
+        "tensors": [
+            {
+                "name": tensor.name,
+                "role": tensor.role.value,
+                "spec": dataclasses.asdict(tensor.spec) if tensor.spec else None,
+                "shape": list(tensor.shape),
+                "size_bytes": tensor.size_bytes,
+            }
+            for tensor in plan.tensors
+        ],
+    }
+
+
+def by_tensor(plan: "Plan") -> list[dict[str, Any]]:
+    return [
+        {
+            "tensor": tensor.name,
+            "role": tensor.role.value,
+            "shape": "x".join(map(str, tensor.shape)),
+            "codes": tensor.spec.label() if tensor.spec else f"kept ({plan.dtype})",
+            "bytes": tensor.size_bytes,
+        }
+        for tensor in plan.tensors
+    ]
+
+
+def summary(model: str, out: Path, plan: "Plan", free: int) -> str:
+    quantized = plan.quantized_bits_per_weight
+    return facts(
+        {
+            "model": model,
+            "output": out,
+            "size": f"{human_bytes(plan.source_bytes)} -> {human_bytes(plan.size_bytes)}",
+            "bits per weight": f"{plan.bits_per_weight:.2f}"
+            + (f" ({quantized:.2f} in quantized matrices)" if quantized is not None else ""),
+            "peak memory": f"about {human_bytes(plan.peak_memory_bytes)}",
+            "free disk": human_bytes(free),
+        }
+    )
