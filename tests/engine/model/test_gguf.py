@@ -386,6 +386,15 @@ def test_other_architectures_tensors_and_parts_are_refused(tmp_path):
         GGUFFile(tmp_path / "e.gguf")
 
 
+def test_a_merged_file_is_whole(tmp_path):
+    writer = start_file(tmp_path / "m.gguf", "llama", block_count=1)
+    writer.add_uint16("split.count", 0)
+    writer.add_tensor("token_embd.weight", np.zeros((263, 64), np.float32))
+    writer.add_tensor("blk.0.attn_norm.weight", np.zeros(64, np.float32))
+    finish_file(writer)
+    assert len(GGUFFile(tmp_path / "m.gguf").tensors) == 2
+
+
 def test_a_type_that_cannot_be_dequantized_is_refused_at_once(tmp_path):
     writer = start_file(tmp_path / "m.gguf", "llama")
     writer.add_tensor("token_embd.weight", np.zeros((263, 64), np.int8))

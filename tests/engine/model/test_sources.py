@@ -67,15 +67,16 @@ def test_a_tensor_that_was_read_is_freed_when_it_is_taken_out(tmp_path):
     assert mx.get_peak_memory() - before < 2 * size
 
 
-def test_the_index_decides_which_copy_is_read(tmp_path):
+@pytest.mark.parametrize("counts", [1, 2])
+def test_the_index_decides_which_copy_is_read(tmp_path, counts):
     folder = model_folder(tmp_path / "m", shards=2)
-    safetensors.numpy.save_file(
-        {"layers.1.weight": np.full((3, 5), 7, np.float16), "layers.0.norm": np.ones(5, np.float32)},
-        folder / "model-00001-of-00002.safetensors",
-    )
-    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": {"layers.0.norm": first, "layers.1.weight": second}}))
-    assert open_source(str(folder)).weights()["layers.1.weight"].tolist() == [[2] * 5] * 3
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    for value, name in enumerate(names, 1):
+        tensors = {"twice": np.full(3, value, np.float16), f"only{value}": np.ones(1, np.float16)}
+        safetensors.numpy.save_file(tensors, folder / name)
+    placed = {"twice": names[counts - 1], "only1": names[0], "only2": names[1]}
+    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": placed}))
+    assert open_source(str(folder)).weights()["twice"].tolist() == [counts] * 3
 
 
 def test_float8_arrives_as_bytes(tmp_path):

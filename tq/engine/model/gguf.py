@@ -22,7 +22,7 @@ from tq.errors import TQError
 _CHUNK_ELEMENTS = 1 << 18  # dequantized at a time: small enough to stay in the processor's cache
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GGUFTensor:
     """One tensor, still in the file.
 
@@ -57,7 +57,7 @@ class GGUFFile:
         tensors: By Hugging Face name, in the order of the file.
 
     Raises:
-        TQError: It is no GGUF file, it is damaged or truncated, or tq cannot read its family or a tensor's type.
+        TQError: It is no GGUF file, is damaged or truncated, or has a family, tokenizer or type that tq cannot read.
     """
 
     def __init__(self, path: str | Path):
@@ -69,7 +69,7 @@ class GGUFFile:
             raise TQError(f"{path} cannot be read: {error.strerror}") from error
         filename = self.path.name
         self.metadata, entries = read_header(self._data.data, filename)
-        if self.metadata.get("split.count", 1) != 1:
+        if self.metadata.get("split.count", 1) not in (0, 1):  # 0 after a merge
             raise TQError(
                 f"{filename} is one part of several; tq reads whole GGUF files",
                 "merge the parts: llama-gguf-split --merge FIRST_PART OUT.gguf",
