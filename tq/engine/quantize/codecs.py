@@ -10,11 +10,12 @@ import mlx.core as mx
 import numpy as np
 
 from tq.engine.quantize.affine import AffineCodec
-from tq.engine.quantize.feedback import rotate_moments
+from tq.engine.quantize.feedback import feedback_factor, rotate_moments
 from tq.engine.quantize.lloyd_max import CodebookCodec
 from tq.engine.quantize.packed import ArrayLayout, PackedTensor
 from tq.engine.quantize.rotation import random_signs, rotate, unrotate
 from tq.engine.quantize.spec import QuantSpec
+from tq.errors import TQError
 
 
 class Codec(Protocol):
@@ -24,8 +25,8 @@ class Codec(Protocol):
     def shared(self, spec: QuantSpec, in_features: int) -> dict[str, mx.array]:
         """Arrays that all matrices of a spec and an input dimension share."""
 
-    def encode(self, rotated: np.ndarray, spec: QuantSpec, moments: np.ndarray | None) -> dict[str, mx.array]:
-        """The stored arrays of float32 (rows, in_features)."""
+    def encode(self, rotated: np.ndarray, spec: QuantSpec, factor: np.ndarray | None) -> dict[str, mx.array]:
+        """The stored arrays of float32 (rows, in_features), with error feedback by a ``feedback_factor`` if given."""
 
     def decode(self, packed: PackedTensor, dtype: mx.Dtype) -> mx.array:
         """The matrix in the rotated basis."""
@@ -38,6 +39,7 @@ CODECS: dict[str, Codec] = {
 }
 # Values encoded at a time: bounds the float32 copies that encoding makes of a large matrix to some 100 MB.
 ENCODE_VALUES = 1 << 23
+LARGEST = 65504.0  # of float16, in which scales are stored
 
 
 def layout(spec: QuantSpec, shape: tuple[int, ...]) -> dict[str, ArrayLayout]:
@@ -64,26 +66,43 @@ def encode(weight: mx.array, spec: QuantSpec, moments: np.ndarray | None = None)
 
     Raises:
         UsageError: The group size does not divide the input features.
+        TQError: The weight holds values that are not finite, or beyond float16.
+        ValueError: ``moments`` is not a finite positive semi-definite (in, in) matrix.
     """
-    spec.n_groups(weight.shape[-1])
-    shared = shared_arrays(spec, weight.shape[-1])
+    n = weight.shape[-1]
+    spec.n_groups(n)
+    shared = shared_arrays(spec, n)
     signs = shared.get("signs")
-    if moments is not None and signs is not None:
-        moments = rotate_moments(moments, np.array(signs.astype(mx.float32)))
-    rows = weight.reshape(-1, weight.shape[-1])
-    step = max(1, ENCODE_VALUES // rows.shape[1])
+    factor = None
+    if moments is not None:
+        if moments.shape != (n, n):
+            raise ValueError(f"second moments of {n} inputs have the shape {moments.shape}")
+        if signs is not None:
+            moments = rotate_moments(moments, np.array(signs.astype(mx.float32)))
+        factor = feedback_factor(moments)
+    rows = weight.reshape(-1, n)
+    step = max(1, ENCODE_VALUES // n)
     parts = []
     for start in range(0, rows.shape[0], step):
         block = rows[start : start + step].astype(mx.float32)
         if signs is not None:
             block = rotate(block, signs)
-        parts.append(CODECS[spec.codec].encode(np.array(block), spec, moments))
+        values = np.array(block)
+        _check_range(values)
+        parts.append(CODECS[spec.codec].encode(values, spec, factor))
         mx.eval(parts[-1])
     stored = {
         name: mx.concatenate([p[name] for p in parts]).reshape(array.shape)
         for name, array in layout(spec, weight.shape).items()
     }
     return PackedTensor(spec, tuple(weight.shape), stored | shared)
+
+
+def _check_range(values: np.ndarray) -> None:
+    largest = max(values.max(), -values.min())  # NaN if any value is NaN
+    if not largest <= LARGEST:
+        found = f"values up to {largest:.3g}, beyond float16" if np.isfinite(largest) else "NaN or infinite values"
+        raise TQError(f"the weight holds {found}", "the source may be damaged: download it again")
 
 
 def decode_rotated(packed: PackedTensor, dtype: mx.Dtype = mx.float32) -> mx.array:

@@ -28,36 +28,47 @@ def rotate_moments(moments: np.ndarray, signs: np.ndarray) -> np.ndarray:
 
 
 def feedback_factor(moments: np.ndarray) -> np.ndarray:
-    """U, upper triangular with U^T U = (H + damping)^-1: row j tells where the error of column j goes.
+    """U, float32, upper triangular with U^T U = (H + damping)^-1: row j tells where the error of column j goes.
 
     Raises:
-        ValueError: ``moments`` is not a finite symmetric positive semi-definite (n, n) matrix.
+        ValueError: ``moments`` is not a finite positive semi-definite (n, n) matrix.
     """
     h = np.array(moments, dtype=np.float64)
     if h.ndim != 2 or h.shape[0] != h.shape[1] or not np.isfinite(h).all():
         raise ValueError("second moments must be a finite square matrix")
-    n = len(h)
-    mean = float(np.trace(h)) / n
-    if mean <= 0:
-        return np.eye(n)  # inputs were never seen: no direction is worth more than another
-    h[np.diag_indices(n)] += DAMPING * mean
+    if not h.any():
+        return np.eye(len(h), dtype=np.float32)  # inputs were never seen: no direction is worth more than another
+    h[np.diag_indices_from(h)] += DAMPING * np.trace(h) / len(h)
     try:
         # Cholesky of the flipped matrix gives H = R R^T with R upper, so H^-1 = (R^-1)^T R^-1 without inverting H.
         r = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
     except np.linalg.LinAlgError as error:
         raise ValueError("second moments must be positive semi-definite") from error
-    return np.linalg.inv(r)
+    return _inverse_upper(r).astype(np.float32)
+
+
+def _inverse_upper(r: np.ndarray) -> np.ndarray:
+    """The inverse of an upper triangular matrix, by halves: a quarter of the work of np.linalg.inv."""
+    n = len(r)
+    if n <= 128:
+        return np.triu(np.linalg.inv(r))
+    half = n // 2
+    result = np.zeros_like(r)
+    result[:half, :half] = _inverse_upper(r[:half, :half])
+    result[half:, half:] = _inverse_upper(r[half:, half:])
+    result[:half, half:] = -result[:half, :half] @ r[:half, half:] @ result[half:, half:]
+    return result
 
 
 def quantize_with_feedback(
-    weight: np.ndarray, moments: np.ndarray, group_size: int, fit: Fit, quantize: Quantize
+    weight: np.ndarray, factor: np.ndarray, group_size: int, fit: Fit, quantize: Quantize
 ) -> tuple[list[Params], np.ndarray]:
     """Quantize ``weight`` (rows, n) with error feedback.
 
     Args:
         weight: float32 (rows, n), in the basis in which it is stored.
-        moments: (n, n) second moments in the same basis.
-        group_size: Columns that share parameters; n for whole rows.
+        factor: float32 (n, n), the ``feedback_factor`` of the second moments in the same basis.
+        group_size: Columns that share parameters: a divisor or a multiple of COLUMNS, or n.
         fit: Chooses a group's parameters from its weights as they are when the group is reached.
         quantize: One column and its parameters to codes and values.
 
@@ -65,7 +76,6 @@ def quantize_with_feedback(
         Parameters of each group in order, and uint8 codes (rows, n).
     """
     rows, n = weight.shape
-    factor = feedback_factor(moments).astype(np.float32)
     w = np.ascontiguousarray(weight.T)  # columns become contiguous
     codes = np.empty((n, rows), np.uint8)
     params: list[Params] = []
@@ -74,12 +84,8 @@ def quantize_with_feedback(
         errors = np.empty((stop - start, rows), np.float32)
         for j in range(start, stop):
             if j % group_size == 0:
-                # Errors of this block have reached its own columns only: bring the group's others up to date.
-                pending = w[j : j + group_size].copy()
-                if stop < j + group_size and j > start:
-                    reach = slice(stop, j + group_size)
-                    pending[stop - j :] -= factor[start:j, reach].T @ errors[: j - start]
-                params.append(fit(np.ascontiguousarray(pending.T)))
+                # All earlier errors have reached the group: it ends in this block, or starts with it.
+                params.append(fit(np.ascontiguousarray(w[j : j + group_size].T)))
             codes[j], values = quantize(w[j], params[-1])
             errors[j - start] = (w[j] - values) / factor[j, j]
             w[j:stop] -= np.outer(factor[j, j:stop], errors[j - start])

@@ -27,12 +27,12 @@ class CodebookCodec:
         codebook = mx.array(stored_codebook(spec.codec, spec.bits)).astype(mx.float16)
         return {"codebook": codebook} | (qjl.shared(in_features) if spec.qjl else {})
 
-    def encode(self, rotated: np.ndarray, spec: QuantSpec, moments: np.ndarray | None) -> dict[str, mx.array]:
+    def encode(self, rotated: np.ndarray, spec: QuantSpec, factor: np.ndarray | None) -> dict[str, mx.array]:
         """rotated: float32 (rows, n) -> arrays with the same leading axis."""
         rows, n = rotated.shape
         nearest = NearestLevel(stored_codebook(spec.codec, spec.bits))
         group = n // spec.n_groups(n)
-        if moments is None:
+        if factor is None:
             scales, codes = best_scales(rotated.reshape(-1, group), nearest)
             codes = codes.reshape(rows, n)
         else:
@@ -45,7 +45,7 @@ class CodebookCodec:
                 codes = nearest.codes(column * inverse(scale))
                 return codes, nearest.levels[codes] * scale
 
-            params, codes = quantize_with_feedback(rotated, moments, group, fit, quantize)
+            params, codes = quantize_with_feedback(rotated, factor, group, fit, quantize)
             scales = np.stack([scale for (scale,) in params], axis=1)
         scales = scales.reshape(rows, -1)
         arrays = {

@@ -12,7 +12,7 @@ class NearestLevel:
     code below that boundary, one comparison decides. Cost does not depend on the number of levels.
 
     Args:
-        codebook: float32 (n_levels,), ascending, 2 to 256 levels.
+        codebook: float32 (n_levels,), ascending, 2 to 256 levels, none closer than a thousandth of their range.
     """
 
     def __init__(self, codebook: np.ndarray):
@@ -28,20 +28,30 @@ class NearestLevel:
         self._boundary = np.append(boundaries, np.float32(np.inf))
         self._level_of_cell = self.levels[np.searchsorted(boundaries, edges + width / 2)]
 
-    def _cell(self, values: np.ndarray) -> np.ndarray:
+    def codes(self, values: np.ndarray) -> np.ndarray:
+        """Codes (uint8) of float32 ``values`` of any shape. NaN gives some valid code."""
         cell = values * self._cells_per_unit
         cell += self._offset
         # fmax and fmin send NaN to a valid cell: a NaN weight must not read outside the table.
         np.fmax(cell, 0, out=cell)
         np.fmin(cell, CELLS - 1, out=cell)
-        return cell.astype(np.int32)
-
-    def codes(self, values: np.ndarray) -> np.ndarray:
-        """Codes (uint8) of float32 ``values`` of any shape. NaN gives some valid code."""
-        codes = self._below.take(self._cell(values))
-        codes += values > self._boundary.take(codes)
+        codes = self._below.take(cell.astype(np.int32), mode="clip")
+        codes += values > self._boundary.take(codes, mode="clip")
         return codes
 
-    def rough_levels(self, values: np.ndarray) -> np.ndarray:
-        """The nearest levels, except within 1/8192 of the range beside a boundary: enough to rank scales."""
-        return self._level_of_cell.take(self._cell(values))
+    def rough_levels(self, x: np.ndarray, inverse: np.ndarray, out: np.ndarray, cell: np.ndarray) -> np.ndarray:
+        """The levels nearest to ``x * inverse``, except within 1/8192 of the range beside a boundary.
+
+        Enough to rank scales, and the inner loop of ranking them: it allocates nothing and clips in the look-up only,
+        so ``x * inverse`` must stay below 10^5.
+
+        Args:
+            x: float32 (groups, group_size).
+            inverse: float32 (groups,), one over the scale.
+            out: float32, as ``x``: receives the levels.
+            cell: int32, as ``x``: work space.
+        """
+        np.multiply(x, (inverse * self._cells_per_unit)[:, None], out=out)
+        np.add(out, self._offset, out=out)
+        np.copyto(cell, out, casting="unsafe")
+        return self._level_of_cell.take(cell, out=out, mode="clip")

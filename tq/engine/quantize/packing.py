@@ -22,17 +22,18 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     rows, n = codes.shape
     if bits == 0:
         return _pack_trits(codes)
-    blocks = -(-n // 32)
-    padded = np.zeros((rows, blocks * 32), np.uint32)
+    # Eight codes fill exactly `bits` bytes, whatever the width: gather them in a 64-bit number and keep its low bytes.
+    octets = -(-n // 8)
+    padded = np.zeros((rows, octets * 8), np.uint8)
     padded[:, :n] = codes
-    padded = padded.reshape(rows * blocks, 32)
-    words = np.zeros((rows * blocks, bits), np.uint32)  # 32 codes fill exactly `bits` words
-    for i in range(32):
-        word, shift = divmod(i * bits, 32)
-        words[:, word] |= padded[:, i] << np.uint32(shift)
-        if shift + bits > 32:
-            words[:, word + 1] |= padded[:, i] >> np.uint32(32 - shift)
-    return np.ascontiguousarray(words.reshape(rows, blocks * bits)[:, : words_per_row(n, bits)])
+    gathered = np.zeros((rows, octets), "<u8")
+    for i in range(8):
+        gathered |= padded[:, i::8].astype("<u8") << np.uint64(i * bits)
+    stream = gathered.view(np.uint8).reshape(rows, octets, 8)[:, :, :bits].reshape(rows, octets * bits)
+    size = 4 * words_per_row(n, bits)
+    padded_stream = np.zeros((rows, size), np.uint8)
+    padded_stream[:, : stream.shape[1]] = stream[:, :size]
+    return padded_stream.view("<u4")
 
 
 def unpack(words: mx.array, bits: int, n: int) -> mx.array:

@@ -4,8 +4,11 @@ For a residual r of n values and the orthonormal projection S = H diag(s), the e
 
     r_hat = sqrt(pi / (2 n)) * |r| * S^T sign(S r)
 
-has E[<r_hat, x>] = <r, x> for every x (TurboQuant_prod, section 3.2). It is linear in x, so it can be added to the
-decoded matrix. It is unbiased, not better: its variance is why it is not the default.
+has E[<r_hat, x>] = <r, x> for every x, over the signs s (TurboQuant_prod, section 3.2). The paper's projection is
+Gaussian, where this is exact; here it holds as far as S r looks Gaussian: for a residual spread over many values, which
+rounding errors are, and for n that are rotated in one block (``rotation.hadamard_block``). Smaller blocks would each
+need a norm of their own. The estimate is linear in x, so it can be added to the decoded matrix. It is unbiased, not
+better: its variance is why it is not the default.
 """
 
 import math

@@ -1,12 +1,15 @@
 """QuantSpec: how one matrix is quantized, and what that costs. It says what, a codec does it."""
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from math import prod
 
 from tq.errors import UsageError
 
 GROUP_SIZES = (32, 64, 128)
+# Read, never offered: turboquant checkpoints made with --mlp-group-size 16.
+FOREIGN_GROUP_SIZE = 16
 ROW = 0  # group_size of "one scale per row"
 ROTATIONS = ("hadamard", "none")
 # Valid bits per codec. A ternary code has 3 levels, 20 of them in 32 bits: it has no whole number of bits.
@@ -39,21 +42,23 @@ class QuantSpec:
     qjl: bool = False
 
     def __post_init__(self):
-        if self.codec not in CODEC_BITS:
-            near = difflib.get_close_matches(str(self.codec), CODEC_BITS, 1)
-            hint = f"did you mean {near[0]}?" if near else None
-            raise UsageError(f"codec {self.codec!r} is not one of {', '.join(CODEC_BITS)}", hint)
-        if self.bits not in CODEC_BITS[self.codec]:
+        if self.codec not in tuple(CODEC_BITS):  # a list from a damaged config.json has no hash
+            near = _near(self.codec, CODEC_BITS)
+            raise UsageError(f"codec {self.codec!r} is not one of {', '.join(CODEC_BITS)}", near)
+        if type(self.bits) is not int or self.bits not in CODEC_BITS[self.codec]:
             if self.codec == "ternary":
                 raise UsageError("the ternary codec takes no bits: it stores 20 trits in 32 bits")
             valid = ", ".join(map(str, CODEC_BITS[self.codec]))
-            raise UsageError(f"bits {self.bits} is not valid for {self.codec}: use one of {valid}")
-        if self.group_size not in (*GROUP_SIZES, ROW):
-            raise UsageError(f"group size {self.group_size} is not one of 32, 64, 128, row")
-        if self.codec == "affine" and self.group_size == ROW:
-            raise UsageError("the affine codec needs a group size of 32, 64 or 128: MLX has no row scale")
+            raise UsageError(f"bits {self.bits!r} is not valid for {self.codec}: use one of {valid}")
+        if type(self.group_size) is not int or self.group_size not in (*GROUP_SIZES, FOREIGN_GROUP_SIZE, ROW):
+            raise UsageError(f"group size {self.group_size!r} is not one of 32, 64, 128, row")
+        if self.codec == "affine" and self.group_size not in GROUP_SIZES:
+            raise UsageError("the affine codec needs a group size of 32, 64 or 128: MLX has no other, and no row scale")
         if self.rotation not in ROTATIONS:
-            raise UsageError(f"rotation {self.rotation!r} is not one of {', '.join(ROTATIONS)}")
+            near = _near(self.rotation, ROTATIONS)
+            raise UsageError(f"rotation {self.rotation!r} is not one of {', '.join(ROTATIONS)}", near)
+        if not isinstance(self.qjl, bool):
+            raise UsageError(f"qjl {self.qjl!r} is not true or false")
         if self.qjl and self.codec != "lloyd-max":
             raise UsageError("qjl is a second stage of the lloyd-max codec only")
 
@@ -72,10 +77,10 @@ class QuantSpec:
         if self.group_size == ROW:
             return 1
         if in_features % self.group_size:
-            fits = [str(g) for g in GROUP_SIZES if in_features % g == 0] + ["row"]
+            fits = [str(g) for g in GROUP_SIZES if in_features % g == 0] + ["row"] * (self.codec != "affine")
+            hint = f"use --group-size {fits[0]}" if len(fits) == 1 else f"use one of {', '.join(fits)}"
             raise UsageError(
-                f"group size {self.group_size} does not divide {in_features} input features",
-                f"use --group-size {fits[0]}" if len(fits) == 1 else f"use one of {', '.join(fits)}",
+                f"group size {self.group_size} does not divide {in_features} input features", hint if fits else None
             )
         return in_features // self.group_size
 
@@ -98,7 +103,13 @@ class QuantSpec:
     @classmethod
     def from_json(cls, data: dict) -> "QuantSpec":
         """The inverse of ``to_json``. Raises UsageError on an unknown field."""
-        unknown = sorted(set(data) - {f.name for f in fields(cls)})
-        if unknown:
-            raise UsageError(f"unknown field {unknown[0]!r} in a quantization spec")
+        known = [f.name for f in fields(cls)]
+        for name in data:
+            if name not in known:
+                raise UsageError(f"unknown field {name!r} in a quantization spec", _near(name, known))
         return cls(**data)
+
+
+def _near(value: object, valid: Iterable[str]) -> str | None:
+    found = difflib.get_close_matches(str(value), valid, 1)
+    return f"did you mean {found[0]}?" if found else None
