@@ -12,7 +12,8 @@ class Rotation:
     """The rotation of one activation, shared by the modules that read it.
 
     q, k and v (or gate and up, or all experts) are called with the same array: it is rotated once. Only the last
-    activation is kept, and found by identity, so nothing can go stale.
+    activation is kept, and found by identity. Only an update in place (``x += y``) between two readers could make it
+    stale; no model of mlx-lm does that to the input of a matrix.
     """
 
     def __init__(self, signs: mx.array):

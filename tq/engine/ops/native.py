@@ -1,4 +1,4 @@
-"""MLX's own kernels for its own layout: the affine codec on ``mx.quantized_matmul`` and ``mx.gather_qmm``."""
+"""MLX's own kernels for its own layout: the affine codec on ``mx.quantized_matmul`` and its relatives."""
 
 import mlx.core as mx
 
@@ -11,30 +11,40 @@ def supports(op: str, packed: PackedTensor, dtype: mx.Dtype) -> str | None:
     """None, or the reason why MLX cannot run ``op`` on ``packed``."""
     if packed.spec.codec != "affine":
         return f"MLX has no kernel for {packed.spec.codec} codes"
-    if op == "embed":
-        return "MLX has no embedding kernel for packed rows"
     if packed.decoded is not None:
         return "the weights are already decoded"
     return None
 
 
-def _arguments(packed: PackedTensor, dtype: mx.Dtype) -> dict:
+def _stored(packed: PackedTensor, dtype: mx.Dtype) -> tuple[mx.array, mx.array, mx.array]:
     arrays = packed.arrays
-    return {
-        "w": arrays["weight"],
-        # MLX promotes to the widest type of x, scales and biases: keep the activation's.
-        "scales": arrays["scales"].astype(dtype),
-        "biases": arrays["biases"].astype(dtype),
-        "group_size": packed.spec.group_size,
-        "bits": packed.spec.bits,
-    }
+    # MLX promotes to the widest type of x, scales and biases: keep the activation's.
+    return arrays["weight"], arrays["scales"].astype(dtype), arrays["biases"].astype(dtype)
 
 
 def matmul(x: mx.array, packed: PackedTensor, transpose: bool = True) -> mx.array:
-    return mx.quantized_matmul(x, transpose=transpose, **_arguments(packed, x.dtype))
+    spec = packed.spec
+    return mx.quantized_matmul(
+        x, *_stored(packed, x.dtype), transpose=transpose, group_size=spec.group_size, bits=spec.bits
+    )
 
 
 def gather_matmul(x: mx.array, packed: PackedTensor, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+    spec = packed.spec
     return mx.gather_qmm(
-        x, rhs_indices=indices, transpose=True, sorted_indices=sorted_indices, **_arguments(packed, x.dtype)
+        x,
+        *_stored(packed, x.dtype),
+        rhs_indices=indices,
+        transpose=True,
+        group_size=spec.group_size,
+        bits=spec.bits,
+        sorted_indices=sorted_indices,
     )
+
+
+def embed(ids: mx.array, packed: PackedTensor, dtype: mx.Dtype) -> mx.array:
+    spec = packed.spec
+    ids = ids[..., None]  # mx.dequantize wants two axes
+    weight, scales, biases = (packed.arrays[name][ids] for name in ("weight", "scales", "biases"))
+    rows = mx.dequantize(weight, scales.astype(dtype), biases.astype(dtype), spec.group_size, spec.bits)
+    return rows.squeeze(-2)

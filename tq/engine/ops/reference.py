@@ -1,4 +1,4 @@
-"""What every operation on packed arrays means, in plain mx. Slow, works everywhere, and the truth for other backends."""
+"""What every operation on packed arrays means, in plain mx. Slow, works everywhere, the truth for other backends."""
 
 import mlx.core as mx
 
@@ -19,7 +19,7 @@ def _dense(packed: PackedTensor, dtype: mx.Dtype) -> mx.array:
 
 
 def matmul(x: mx.array, packed: PackedTensor, transpose: bool = True) -> mx.array:
-    """x @ W^T, or x @ W. x: (..., in) rotated, or (..., out); W: (out, in), or (heads, out, in) with x (..., heads, L, .)"""
+    """x @ W^T with x (..., in) rotated, or x @ W with x (..., out). W: (out, in) or (heads, out, in)."""
     w = _dense(packed, x.dtype)
     return x @ (w.swapaxes(-1, -2) if transpose else w)
 
