@@ -2,16 +2,14 @@
 
 import difflib
 import fnmatch
-import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from tq.engine.model.roles import QUANTIZED_ROLES, Matrix, Role
+from tq.engine.model.recipe_file import NO_CHOICE, WITHOUT_BITS, Choice, Weights, load_recipe, parse_layers
+from tq.engine.model.roles import Matrix, Role
 from tq.engine.quantize.spec import CODEC_BITS, GROUP_SIZES, ROW, QuantSpec
-from tq.errors import TQError, UsageError
+from tq.errors import UsageError
 
 DEFAULT_BITS = 4
 # Embedding and head are a small part of a large model and decide every token: never below this unless asked.
@@ -19,71 +17,14 @@ MIN_VOCABULARY_BITS = 6
 DEFAULT_GROUP_SIZE = 64
 
 
-class Choice(BaseModel):
-    """What a recipe says of some tensors; what it leaves out comes from the more general choice."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    codec: Literal["lloyd-max", "ternary", "affine", "none"] | None = None
-    bits: int | None = Field(None, ge=1, le=8)
-    group_size: Literal[32, 64, 128, "row"] | None = None
-    rotation: Literal["hadamard", "none"] | None = None
-    qjl: bool | None = None
-
-    def over(self, general: "Choice") -> "Choice":
-        """This choice, completed by a more general one."""
-        given = self.model_dump(exclude_none=True)
-        base = general.model_dump(exclude_none=True)
-        if "bits" in given and "codec" not in given and base.get("codec") in ("ternary", "none"):
-            base["codec"] = "lloyd-max"  # bits asked for a role whose general codec has none
-        if "codec" in given and "bits" not in given and given["codec"] != base.get("codec", "lloyd-max"):
-            base.pop("bits", None)
-        return Choice(**(base | given))
-
-
-class Override(Choice):
-    """A choice for tensors whose path matches a shell pattern."""
-
-    match: str
-
-
-class Weights(Choice):
-    """The ``[weights]`` table: a general choice, one per role, and patterns. Later patterns win."""
-
-    attention: Choice = Choice()
-    mlp: Choice = Choice()
-    expert: Choice = Choice()
-    expert_down: Choice = Choice()
-    shared_expert: Choice = Choice()
-    embedding: Choice = Choice()
-    head: Choice = Choice()
-    protect_layers: str | None = None
-    protect_bits: int | None = Field(None, ge=1, le=8)
-    override: list[Override] = []
-
-
-class Machine(BaseModel):
-    """The ``[machine]`` table of a profile: facts of the hardware it is for."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    memory_gb: float = Field(gt=0)
-    wired_limit_mb: int | None = Field(None, gt=0)
-
-
-class RecipeFile(BaseModel):
-    """A recipe file, or a hardware profile, which is a recipe with facts of a machine."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    description: str = ""
-    machine: Machine | None = None
-    weights: Weights = Weights()
-
-
 @dataclass(frozen=True)
 class Recipe:
-    """Roles, layers and patterns to QuantSpecs."""
+    """Roles, layers and patterns to QuantSpecs.
+
+    Attributes:
+        weights: What it says.
+        name: The file or profile that it comes from, for people.
+    """
 
     weights: Weights = field(default_factory=Weights)
     name: str = "default"
@@ -118,12 +59,14 @@ class Recipe:
         general = _bits_choice("--bits", bits)
         if codec is not None:
             _one_of("--codec", codec, (*CODEC_BITS, "none"))
+            if general.get("codec", codec) != codec or (codec in WITHOUT_BITS and "bits" in general):
+                raise UsageError(f"--codec {codec} and --bits {bits} contradict each other", "leave one of them out")
             general["codec"] = codec
         if group_size is not None:
             general["group_size"] = _group_size(group_size)
         if rotation is not None:
             general["rotation"] = _one_of("--rotation", rotation, ("hadamard", "none"))
-        changes = Choice(**general).over(_general(base)).model_dump(exclude_none=True)
+        changes = Choice(**general).over(_general(base)).model_dump()
         roles = {
             Role.ATTENTION: ("--attention-bits", attention_bits),
             Role.MLP: ("--mlp-bits", mlp_bits),
@@ -145,47 +88,64 @@ class Recipe:
                 raise UsageError("--protect-bits needs layers to protect", 'add --protect "0-1,30"')
             changes["protect_bits"] = protect_bits
         weights = base.model_copy(update=changes)
-        return cls(weights, name=str(recipe) if recipe is not None else "default")
+        return cls(weights, name=Path(recipe).name if recipe is not None else "default")
 
-    def spec_for(self, matrix: Matrix, tied_head: bool = False, vocabulary: Choice = Choice()) -> QuantSpec | None:
+    def spec_for(self, matrix: Matrix, tied_head: bool = False, vocabulary: Choice = NO_CHOICE) -> QuantSpec | None:
         """The spec of one matrix, or None where it keeps full precision.
 
         Args:
             matrix: The matrix.
-            tied_head: The embedding is the output head too: it gets the better of the two choices.
-            vocabulary: What embedding and head get where the recipe says nothing of them, over the general choice.
+            tied_head: The embedding is the output head too: it gets the better of what was asked for the two.
+            vocabulary: What embedding and head get, over the general choice, where the recipe does not say otherwise.
 
         Raises:
-            UsageError: A group size that was asked for does not divide the input features.
+            UsageError: The codec has no such bits, or a group size that was asked for does not divide the inputs.
         """
-        if matrix.role not in QUANTIZED_ROLES:
+        if not matrix.quantizable:
             return None
-        choice = self._choice(matrix, matrix.role, vocabulary)
-        spec = _spec(choice, matrix)
+        roles = [matrix.role]
         if matrix.role == Role.EMBEDDING and tied_head:
-            head = _spec(self._choice(matrix, Role.HEAD, vocabulary), matrix)
-            if spec is None or head is None:
-                return None
-            spec = max(spec, head, key=lambda s: s.bits)
-        return spec
+            both = (Role.EMBEDDING, Role.HEAD)
+            roles = [role for role in both if getattr(self.weights, role.value) != NO_CHOICE] or roles
+        specs = [_spec(self.choice(matrix, role, vocabulary), matrix) for role in roles]
+        if None in specs:
+            return None
+        return max(filter(None, specs), key=lambda spec: spec.bits)
 
-    def _choice(self, matrix: Matrix, role: Role, vocabulary: Choice) -> Choice:
+    def choice(self, matrix: Matrix, role: Role, vocabulary: Choice = NO_CHOICE) -> Choice:
+        """What the recipe says of a matrix in a role: override over protected layer over role over general."""
         general = _general(self.weights)
         choice: Choice = getattr(self.weights, role.value)
         if role == Role.EXPERT_DOWN:
             choice = choice.over(self.weights.expert)
-        if role in (Role.EMBEDDING, Role.HEAD) and choice.bits is None and choice.codec is None:
-            if general.codec != "none":
-                bits = DEFAULT_BITS if general.bits is None else general.bits
-                choice = choice.over(Choice(bits=max(bits, MIN_VOCABULARY_BITS)).over(vocabulary))
+        if role in (Role.EMBEDDING, Role.HEAD) and choice.over(general).codec != "none":
+            if choice.bits is None and choice.codec != "ternary":
+                bits = max(general.bits or DEFAULT_BITS, MIN_VOCABULARY_BITS)
+                choice = Choice(bits=bits).over(choice)
+            choice = choice.over(vocabulary)
         choice = choice.over(general)
-        protected = parse_layers(self.weights.protect_layers or "")
-        if matrix.layer is not None and matrix.layer in protected:
-            choice = Choice(bits=self.weights.protect_bits or 8).over(choice)
+        if matrix.layer is not None and _contains(self.weights.protect_layers, matrix.layer) and choice.codec != "none":
+            # Never fewer than the matrix would get anyway; a ternary one becomes lloyd-max.
+            own = 0 if choice.codec == "ternary" else choice.bits or DEFAULT_BITS
+            choice = Choice(bits=max(self.weights.protect_bits or 8, own)).over(choice)
         for override in self.weights.override:
             if fnmatch.fnmatchcase(matrix.path, override.match):
                 choice = Choice(**override.model_dump(exclude={"match"}, exclude_none=True)).over(choice)
         return choice
+
+    def unused(self, matrices: Iterable[Matrix]) -> list[str]:
+        """What the recipe says of tensors that a model does not have, one sentence each."""
+        known = [m for m in matrices if m.quantizable]
+        notes = [
+            f"nothing that can be quantized matches the override {override.match!r}"
+            for override in self.weights.override
+            if not any(fnmatch.fnmatchcase(m.path, override.match) for m in known)
+        ]
+        if self.weights.protect_layers and not any(
+            m.layer is not None and _contains(self.weights.protect_layers, m.layer) for m in known
+        ):
+            notes.append(f"the model has none of the protected layers {self.weights.protect_layers}")
+        return notes
 
 
 def _general(weights: Weights) -> Choice:
@@ -196,35 +156,27 @@ def _spec(choice: Choice, matrix: Matrix) -> QuantSpec | None:
     codec = choice.codec or "lloyd-max"
     if codec == "none":
         return None
-    bits = 0 if codec == "ternary" else (choice.bits or DEFAULT_BITS)
-    if bits not in CODEC_BITS[codec]:  # say it before a QuantSpec does: with the tensor's role
-        valid = ", ".join(map(str, CODEC_BITS[codec]))
-        raise UsageError(f"{bits} bits for {matrix.role} is not valid for {codec}: use one of {valid}")
-    group_size = _resolve_group(choice, codec, matrix)
-    if group_size == ROW and codec == "affine":
-        return None
-    spec = QuantSpec(codec, bits, group_size, choice.rotation or "hadamard", bool(choice.qjl))
     try:
+        bits = 0 if codec == "ternary" else choice.bits or DEFAULT_BITS
+        group_size = _group_size_for(choice, codec, matrix.shape[-1])
+        if group_size is None:
+            return None
+        spec = QuantSpec(codec, bits, group_size, choice.rotation or "hadamard", bool(choice.qjl))
         spec.n_groups(matrix.shape[-1])
     except UsageError as error:
-        raise UsageError(f"{matrix.path}: {error.message}", error.hint) from None
+        raise UsageError(f"{matrix.path} ({matrix.role}): {error.message}", error.hint) from None
     return spec
 
 
-def _resolve_group(choice: Choice, codec: str, matrix: Matrix) -> int:
-    """The group size asked for; by default the largest up to 64 that divides, or the whole row."""
-    n = matrix.shape[-1]
-    fits = [g for g in GROUP_SIZES if n % g == 0]
-    if not fits:
-        # No group divides these inputs: one scale per row is the only way, whatever was asked for the model.
+def _group_size_for(choice: Choice, codec: str, in_features: int) -> int | None:
+    """The group size asked for; by default the largest up to 64 that divides, or the whole row. None: there is none."""
+    fits = [g for g in GROUP_SIZES if in_features % g == 0]
+    if not fits and codec == "affine":
+        return None
+    if choice.group_size == "row" or not fits:
+        # Where no group divides, one scale per row is the only way, whatever was asked for the whole model.
         return ROW
-    if choice.group_size == "row":
-        if codec == "affine":
-            raise UsageError("the affine codec needs a group size of 32, 64 or 128: MLX has no row scale")
-        return ROW
-    if choice.group_size is not None:
-        return choice.group_size
-    return max(g for g in fits if g <= DEFAULT_GROUP_SIZE)
+    return choice.group_size or max(g for g in fits if g <= DEFAULT_GROUP_SIZE)
 
 
 def _bits_choice(option: str, bits: str | int | None) -> dict:
@@ -235,7 +187,7 @@ def _bits_choice(option: str, bits: str | int | None) -> dict:
         return {"codec": "none"}
     if text in ("ternary", "1.58", "1.6"):
         return {"codec": "ternary"}
-    if text.isdigit() and 1 <= int(text) <= 8:
+    if text in map(str, range(1, 9)):
         return {"bits": int(text)}
     raise UsageError(f"{option} {bits} is not one of 1 to 8, ternary, none")
 
@@ -244,7 +196,7 @@ def _group_size(value: str | int) -> int | str:
     text = str(value).lower()
     if text == "row":
         return "row"
-    if text.isdigit() and int(text) in GROUP_SIZES:
+    if text in map(str, GROUP_SIZES):
         return int(text)
     raise UsageError(f"--group-size {value} is not one of 32, 64, 128, row")
 
@@ -257,54 +209,5 @@ def _one_of(option: str, value: str, valid: tuple[str, ...]) -> str:
     return value
 
 
-def parse_layers(text: str) -> frozenset[int]:
-    """Layers of ``0-1,30``. Raises UsageError for anything else."""
-    layers: set[int] = set()
-    for part in filter(None, text.replace(" ", "").split(",")):
-        first, dash, last = part.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
-            raise UsageError(f"layers {text!r} are not a list such as 0-1,30")
-        layers |= set(range(int(first), int(last or first) + 1))
-    return frozenset(layers)
-
-
-def load_recipe(name: str | Path) -> RecipeFile:
-    """A recipe from a TOML file, or a profile by name (``16gb``).
-
-    Raises:
-        TQError: No such file or profile, or it is no TOML.
-        UsageError: A key or value is not valid: names the file, the dotted path and the nearest valid key.
-    """
-    from tq.engine.machine.profiles import profile_path
-
-    path = profile_path(str(name)) or Path(name)
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        from tq.engine.machine.profiles import profile_names
-
-        raise TQError(f"no recipe file or profile {str(name)!r}", f"profiles: {', '.join(profile_names())}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise TQError(f"{path} is not a readable TOML file: {error}") from None
-    try:
-        return RecipeFile(**data)
-    except ValidationError as error:
-        raise UsageError(*_explain(path, data, error)) from None
-
-
-def _explain(path: Path, data: dict, error: ValidationError) -> tuple[str, str | None]:
-    """The first mistake of a recipe file: where it is, and the nearest valid key."""
-    first = error.errors()[0]
-    where = ".".join(map(str, first["loc"]))
-    if first["type"] != "extra_forbidden":
-        return f"{path}: {where}: {first['msg'][0].lower()}{first['msg'][1:]} (it is {first['input']!r})", None
-    model: type[BaseModel] = RecipeFile
-    for key in first["loc"][:-1]:
-        if isinstance(key, str):
-            annotation = model.model_fields[key].annotation
-            options = [annotation, *getattr(annotation, "__args__", ())]
-            model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
-    valid = sorted(model.model_fields)
-    near = difflib.get_close_matches(str(first["loc"][-1]), valid, 1)
-    hint = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(valid)}"
-    return f"{path}: unknown key {where}", hint
+def _contains(layers: str | None, layer: int) -> bool:
+    return any(layer in part for part in parse_layers(layers or ""))
