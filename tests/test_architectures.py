@@ -11,7 +11,7 @@ from tq.engine.model.convert import convert
 from tq.engine.model.load import load_packed
 from tq.engine.model.plan import make_plan
 from tq.engine.model.recipe import Recipe
-from tq.engine.model.roles import QUANTIZED_ROLES, matrices
+from tq.engine.model.roles import matrices
 from tq.engine.model.sources import open_source
 from tq.engine.quantize import decode
 from tq.errors import TQError
@@ -53,7 +53,7 @@ def test_a_converted_model_computes_what_its_dense_weights_compute(model_type, t
     dense = build(model_type)
     found = matrices(dense)
     modules = dict(model.named_modules())
-    assert {p for p, m in found.items() if m.role in QUANTIZED_ROLES} == set(quantized)
+    assert {p for p, m in found.items() if m.quantizable} == set(quantized)
     weights = [(f"{path}.weight", decode(modules[path].packed)) for path in quantized]
     dense.update(tree_unflatten(weights))
 
