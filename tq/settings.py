@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from tq.errors import UsageError
+from tq.errors import TQError, UsageError
 
 ENVIRONMENT = {
     "TQ_BACKEND": "auto, or the one backend that may run operations on packed weights",
@@ -28,6 +28,13 @@ def threads() -> int | None:
 
 
 def cache_dir() -> Path:
-    """What can be made again: $XDG_CACHE_HOME/tq, else ~/.cache/tq, on macOS too. Not created here."""
+    """What can be made again: $XDG_CACHE_HOME/tq, else ~/.cache/tq, on macOS too. Not created here.
+
+    Raises:
+        TQError: This user has no home.
+    """
     root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "tq"
+    try:
+        return (Path(root) if root else Path.home() / ".cache") / "tq"
+    except RuntimeError as error:
+        raise TQError("this user has no home folder", hint="set XDG_CACHE_HOME to a folder for caches") from error

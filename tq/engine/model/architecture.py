@@ -9,13 +9,14 @@ import importlib.util
 import pkgutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from tq.engine.model.dequantize import dequantize_modules, dequantize_raw
-from tq.engine.model.roles import Matrix, matrices
+from tq.engine.model.roles import Matrix, Role, matrices
 from tq.engine.model.sources import Source
 from tq.errors import TQError
 
@@ -23,7 +24,7 @@ from tq.errors import TQError
 _OTHER_MODALITIES = ("vision", "visual", "audio", "multi_modal", "mm_projector", "image_newline", "sound")
 
 
-@dataclass
+@dataclass(repr=False)  # to show the arrays would read them
 class Outline:
     """A source as mlx-lm sees it.
 
@@ -40,6 +41,11 @@ class Outline:
     matrices: dict[str, Matrix]
     tied_head: bool
     notes: list[str]
+
+
+def parameters(model: nn.Module) -> dict[str, mx.array]:
+    """Every parameter of a model by path."""
+    return cast(dict[str, mx.array], dict(tree_flatten(model.parameters())))
 
 
 def build_model(config: dict, folder: Path | None = None, trust_remote_code: bool = False) -> nn.Module:
@@ -67,7 +73,7 @@ def build_model(config: dict, folder: Path | None = None, trust_remote_code: boo
         raise TQError(f"config.json does not describe a {model_type} model: {error}") from error
 
 
-def _custom_classes(folder: Path | None, model_file: str, trust_remote_code: bool) -> tuple[type, type]:
+def _custom_classes(folder: Path | None, model_file: str, trust_remote_code: bool) -> tuple[Any, Any]:
     if not trust_remote_code or folder is None:
         raise TQError(
             f"this model wants to run code of its own ({model_file})",
@@ -107,7 +113,8 @@ def outline(source: Source, trust_remote_code: bool = False) -> Outline:
     try:
         weights = model.sanitize(raw) if hasattr(model, "sanitize") else raw
     except (KeyError, IndexError, ValueError) as error:
-        raise TQError(f"the tensors of {source.name} are not those of a {source.config['model_type']} model: {error}")
+        kind = source.config["model_type"]
+        raise TQError(f"the tensors of {source.name} are not those of a {kind} model: {error}") from error
     found = matrices(model)
     weights = dequantize_modules(weights, source.config, {m.path: m.shape for m in found.values()})
     packed = [
@@ -119,20 +126,20 @@ def outline(source: Source, trust_remote_code: bool = False) -> Outline:
             "convert the model that it was made from",
         )
     notes = _check(model, weights, source)
-    parameters = dict(tree_flatten(model.parameters()))
-    ordered = {name: weights[name] for name in parameters}
-    has_head = any(m.role == "head" for m in found.values())
+    ordered = {name: weights[name] for name in parameters(model)}
+    # A head that is a parameter and not a module is none of the matrices.
+    has_head = any(m.role == Role.HEAD for m in found.values()) or "lm_head" in ordered
     return Outline(model, ordered, found, tied_head=not has_head, notes=notes)
 
 
 def _check(model: nn.Module, weights: dict[str, mx.array], source: Source) -> list[str]:
     """Compare the weights with the parameters that the model wants. Returns notes on what is left out."""
-    parameters = dict(tree_flatten(model.parameters()))
-    missing = [name for name in parameters if name not in weights]
+    wanted = parameters(model)
+    missing = [name for name in wanted if name not in weights]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise TQError(f"{source.name} has no tensor for {missing[0]}{more}", "is a shard missing?")
-    for name, parameter in parameters.items():
+    for name, parameter in wanted.items():
         if tuple(weights[name].shape) != tuple(parameter.shape):
             raise TQError(
                 f"{name} has shape {tuple(weights[name].shape)}, but config.json wants {tuple(parameter.shape)}"
@@ -142,7 +149,7 @@ def _check(model: nn.Module, weights: dict[str, mx.array], source: Source) -> li
     if other:
         size = sum(h.size_bytes for h in other) / 1e9
         notes.append(f"left out: {len(other)} vision or audio tensors ({size:.2f} GB), which mlx-lm does not run")
-    extra = [name for name in weights if name not in parameters and not any(p in name for p in _OTHER_MODALITIES)]
+    extra = [name for name in weights if name not in wanted and not any(p in name for p in _OTHER_MODALITIES)]
     if extra:
         notes.append(f"left out: {len(extra)} tensors that the model does not use, such as {extra[0]}")
     return notes

@@ -9,18 +9,17 @@ pipeline_tag: text-generation
 {front}tags:
 - mlx
 - tq
-- {codes_tag}
----
+{tags}---
 
 # {title}
 
-{base} quantized with [tq](https://pypi.org/project/tq) {version}.
+{base} {made} with [tq](https://pypi.org/project/tq) {version}.
 
 | | |
 |---|---|
 | size | {size:.3f} GB (source: {source:.3f} GB) |
 | bits per weight | {bpw:.3f} (whole model) |
-| format | {format}, version 1 |
+| format | {format} |
 | activations | {dtype} |
 | recipe | {recipe} |
 
@@ -39,22 +38,31 @@ tq run -m PATH_OR_HUB_ID "Why is the sky blue?"
 def model_card(plan: Plan) -> str:
     """The text of README.md for the result of ``plan``."""
     base = plan.source.base_model
-    front = f"base_model: {base}\nbase_model_relation: quantized\n" if base else ""
+    quantized = plan.quantized_bits_per_weight is not None
+    front = f"base_model: {base}\n" if base else ""
+    if base and quantized:
+        front += "base_model_relation: quantized\n"
+    format = "not quantized"
+    if quantized:
+        version = plan.quantization.get("version")
+        format = plan.format.name + (f", version {version}" if version else "")
     rows = [
-        f"| {r['role']} | {r['codes']} | {r['tensors']} | {r['weights']:,} | {r['bytes']:,} | {r['bits_per_weight']:.3f} |"
+        f"| {r['role']} | {r['codes']} | {r['tensors']} | {r['weights']:,} | {r['bytes']:,} "
+        f"| {r['bits_per_weight']:.3f} |"
         for r in plan.by_role()
     ]
     title = (base or plan.source.name).rstrip("/").split("/")[-1]
     return _CARD.format(
         front=front,
-        codes_tag="quantized",
+        tags="- quantized\n" if quantized else "",
+        made="quantized" if quantized else "converted",
         title=f"{title}, {plan.bits_per_weight:.2f} bits per weight",
         base=f"[{base}](https://huggingface.co/{base})" if base and "/" in base else title,
         version=tq.__version__,
         size=plan.size_bytes / 1e9,
         source=plan.source_bytes / 1e9,
         bpw=plan.bits_per_weight,
-        format=plan.format.name,
+        format=format,
         dtype=plan.dtype,
         recipe=plan.recipe.name,
         rows="\n".join(rows),

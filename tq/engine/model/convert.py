@@ -18,10 +18,11 @@ import mlx.core as mx
 import tq
 from tq.engine.events import Note, Progress
 from tq.engine.model.card import model_card
+from tq.engine.model.journal import NAME as JOURNAL_NAME
 from tq.engine.model.journal import Journal, intact
-from tq.engine.model.plan import DTYPE_CODES, Plan
-from tq.engine.model.safetensors import INDEX_NAME, ShardWriter, header_size
-from tq.engine.quantize import encode
+from tq.engine.model.plan import DTYPE_CODES, Plan, PlannedTensor
+from tq.engine.model.safetensors import INDEX_NAME, ShardWriter, header_bytes, write_error
+from tq.engine.quantize import PackedTensor, encode
 from tq.errors import TQError
 
 METADATA = {"format": "mlx"}
@@ -67,38 +68,51 @@ def convert(plan: Plan, out: Path, *, restart: bool = False) -> Iterator[Progres
     if out.exists():
         raise TQError(f"{out} exists already", "choose another --out, or remove it")
     partial = partial_folder(out)
-    if restart and partial.exists():
-        shutil.rmtree(partial)
+    if partial.is_dir() and any(partial.iterdir()) and not (partial / JOURNAL_NAME).is_file():
+        raise TQError(f"{partial} exists and is no unfinished conversion", "choose another --out, or remove it")
     try:
         partial.mkdir(parents=True, exist_ok=True)
+        journal = Journal(partial, _identity(plan), restart=restart)
     except OSError as error:
-        raise TQError(f"{partial} cannot be made: {error.strerror}") from error
-    journal = Journal(partial, _identity(plan))
+        raise write_error(partial, error) from error
     try:
+        if restart:
+            _empty(partial, journal.path)
         yield from _write(plan, partial, journal, started, out)
+    except OSError as error:
+        raise write_error(Path(error.filename or partial), error) from error
     finally:
         journal.close()
+
+
+def _empty(folder: Path, keep: Path) -> None:
+    """Remove all of a folder but one file, which holds its lock."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path != keep:
+            path.unlink()
 
 
 def _write(
     plan: Plan, partial: Path, journal: Journal, started: float, out: Path
 ) -> Iterator[Progress | Note | Converted]:
-    header_bytes = [header_size(shard.tensors, METADATA) for shard in plan.shards]
-    done = intact(partial, plan.shards, header_bytes, journal.crcs)
+    headers = [header_bytes(shard.tensors, METADATA) for shard in plan.shards]
+    done = intact(partial, plan.shards, headers, journal.crcs)
     first, done = _whole_units(plan, done)
     journal.rewind(done)
     _check_disk(plan, partial)
-    if done:
+    if first:
         yield Note(f"resuming: {first} of {len(plan.tensors)} tensors are done")
     writer = _Writer(plan, partial, journal, done)
     total = plan.weights
-    finished = encode_seconds = 0
+    finished, encode_seconds = 0, 0.0
     try:
         if done == 0:
             for name, array in plan.shared.items():
                 writer.append(name, array)
         for i, tensor in enumerate(plan.tensors):
-            lazy = plan.outline.weights.pop(f"{tensor.name}.weight" if tensor.spec else tensor.name)
+            lazy = plan.outline.weights.pop(tensor.parameter)
             finished += tensor.weights
             if i < first:
                 continue
@@ -110,7 +124,7 @@ def _write(
             else:
                 mx.eval(array)
                 before = time.perf_counter()
-                packed = encode(array, tensor.spec)
+                packed = _encode(array, tensor)
                 encode_seconds += time.perf_counter() - before
                 for name, stored in plan.format.arrays(tensor.name, packed).items():
                     writer.append(name, stored)
@@ -122,9 +136,8 @@ def _write(
         writer.close()
     yield Progress(total, total, "weights", "finishing")
     _finish(plan, partial)
-    journal.close()
-    journal.path.unlink()
     os.rename(partial, out)
+    (out / JOURNAL_NAME).unlink()  # last: without it an unfinished folder would begin anew
     resumed = sum(t.weights for t in plan.tensors[:first])
     yield Converted(out, plan.size_bytes, total - resumed, time.perf_counter() - started, encode_seconds)
 
@@ -156,6 +169,14 @@ class _Writer:
         if self.writer is not None:
             self.writer.close()
             self.writer = None
+
+
+def _encode(array: mx.array, tensor: PlannedTensor) -> PackedTensor:
+    assert tensor.spec is not None
+    try:
+        return encode(array, tensor.spec)
+    except TQError as error:
+        raise TQError(f"{tensor.name}: {error.message}", error.hint) from error
 
 
 def _whole_units(plan: Plan, stored: int) -> tuple[int, int]:
@@ -200,10 +221,11 @@ def _mx_dtype(code: str) -> mx.Dtype:
 def _finish(plan: Plan, partial: Path) -> None:
     """Write all that is not weights."""
     plan.source.copy_side_files(partial)
-    drop = ("quantization", "quantization_config", "torch_dtype")
+    # What was true of the source only.
+    drop = ("quantization", "quantization_config", "torch_dtype", "dtype")
     config = {key: value for key, value in plan.source.config.items() if key not in drop}
     if isinstance(config.get("text_config"), dict):
-        config["text_config"] = {k: v for k, v in config["text_config"].items() if k != "quantization_config"}
+        config["text_config"] = {key: value for key, value in config["text_config"].items() if key not in drop}
     config["dtype"] = plan.dtype
     if any(tensor.spec for tensor in plan.tensors):
         config["quantization"] = plan.quantization

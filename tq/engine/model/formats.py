@@ -5,13 +5,14 @@ A format object has the interface of ``TqFormat``; ``turboquant.py`` has the oth
 
 import mlx.core as mx
 
-from tq.engine.model.recipe import Choice
+from tq.engine.model.recipe_file import Choice
 from tq.engine.model.roles import Matrix
 from tq.engine.quantize import PackedTensor, QuantSpec, layout, shared_arrays
 from tq.engine.quantize.packed import SHARED, ArrayLayout
-from tq.errors import TQError
+from tq.errors import TQError, UsageError
 
 VERSION = 1
+DAMAGED = "download or convert the model again"
 Specs = dict[str, tuple[Matrix, QuantSpec]]
 
 
@@ -75,7 +76,7 @@ def read_matrices(
         shapes: Dense shapes (..., out, in) of the modules that may be quantized.
 
     Raises:
-        TQError: A newer format version, or tensors that do not fit their spec.
+        TQError: Another format version, a damaged config.json, or tensors that are missing or do not fit their spec.
     """
     quantization = config["quantization"]
     if quantization.get("version") != VERSION:
@@ -83,29 +84,39 @@ def read_matrices(
             f"this checkpoint has tq format version {quantization.get('version')}, and this tq reads version {VERSION}",
             "upgrade tq, or convert the model again",
         )
-    default = quantization.get("default")
-    specs = {path: QuantSpec.from_json(spec) for path, spec in quantization.get("tensors", {}).items()}
+    exceptions = quantization.get("tensors") or {}
     shared = {name: weights.pop(name) for name in list(weights) if name.startswith("tq.")}
     found = {}
     for path, shape in shapes.items():
-        if f"{path}.scales" not in weights:
-            continue
-        spec = specs.get(path) or QuantSpec.from_json(default)
+        weight = weights.get(f"{path}.weight")
+        if f"{path}.scales" not in weights and (weight is None or weight.dtype != mx.uint32):
+            continue  # full precision, or missing altogether
+        spec = _spec(exceptions.get(path, quantization.get("default")), path)
         arrays = {}
         for name, expected in layout(spec, shape).items():
             array = weights.pop(f"{path}.{name}", None)
             if array is None or tuple(array.shape) != expected.shape or array.dtype != expected.dtype:
                 has = "is missing" if array is None else f"is {array.dtype} {tuple(array.shape)}"
-                raise TQError(f"{path}.{name} {has}, but {spec.label()} needs {expected.dtype} {expected.shape}")
+                needs = f"{spec.label()} needs {expected.dtype} {expected.shape}"
+                raise TQError(f"{path}.{name} {has}, but {needs}", DAMAGED)
             arrays[name] = array
         for name in SHARED:
             if _uses(spec, name):
                 key = shared_name(name, spec, shape[-1])
                 if key not in shared:
-                    raise TQError(f"the checkpoint has no {key}, which {path} needs")
+                    raise TQError(f"the checkpoint has no {key}, which {path} needs", DAMAGED)
                 arrays[name] = shared[key]
         found[path] = PackedTensor(spec, shape, arrays)
     return found
+
+
+def _spec(data: object, path: str) -> QuantSpec:
+    if not isinstance(data, dict):
+        raise TQError(f"config.json does not say how {path} is quantized", DAMAGED)
+    try:
+        return QuantSpec.from_json(data)
+    except UsageError as error:
+        raise TQError(f"config.json says of {path}: {error.message}", error.hint or DAMAGED) from error
 
 
 def _uses(spec: QuantSpec, name: str) -> bool:

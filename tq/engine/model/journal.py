@@ -4,9 +4,10 @@ It lies in the unfinished output folder: a first line that identifies the work, 
 the CRC-32 of what was written. A line that was cut off counts as not written.
 """
 
-import contextlib
+import errno
 import fcntl
 import json
+import os
 import zlib
 from pathlib import Path
 from typing import IO
@@ -23,84 +24,107 @@ class Journal:
     Args:
         folder: The unfinished output folder.
         identity: Identifies source, plan and version: a journal of another identity cannot be continued.
+        restart: Forget what is recorded, whatever its identity.
+
+    Attributes:
+        crcs: CRC-32 of each stored tensor that is written, in order.
 
     Raises:
         TQError: Another process works on the folder, or it holds the work of another conversion.
     """
 
-    def __init__(self, folder: Path, identity: str):
+    def __init__(self, folder: Path, identity: str, *, restart: bool = False):
         self.path = folder / NAME
-        self._file: IO[str] = self.path.open("a+", encoding="utf-8")
+        # Unbuffered: a record is in the file, or add() has raised.
+        self._file = self.path.open("a+b", buffering=0)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise TQError(f"another tq convert is writing {folder}") from None
+            if restart:
+                self._file.truncate(0)
+            records, self._ends = self._read()
+            if records and records[0] != {"identity": identity}:
+                raise TQError(
+                    f"{folder} holds an unfinished conversion with other settings or of another source",
+                    "run that one again to finish it, or add --restart to begin anew",
+                )
+            self._file.truncate(self._ends[-1] if records else 0)
+            if not records:
+                self._append({"identity": identity})
+            self.crcs: list[int] = [record["crc"] for record in records[1:]]
+        except BaseException:
             self._file.close()
-            raise TQError(f"another tq convert is writing {folder}") from None
-        self.crcs = self._read(identity, folder)
+            raise
 
-    def _read(self, identity: str, folder: Path) -> list[int]:
+    def _read(self) -> tuple[list[dict], list[int]]:
+        """The records up to the first line that is not whole, and where each of them ends in the file."""
+        records: list[dict] = []
+        ends: list[int] = []
+        end = 0
         self._file.seek(0)
-        records = []
-        for line in self._file:
-            with contextlib.suppress(ValueError):
-                records.append(json.loads(line))
-        if not records:
-            self._append({"identity": identity})
-            return []
-        if records[0] != {"identity": identity}:
-            self._file.close()
-            raise TQError(
-                f"{folder} holds an unfinished conversion with other settings or of another source",
-                "run that one again to finish it, or add --restart to begin anew",
-            )
-        return [record["crc"] for record in records[1:]]
+        for line in self._file.read().splitlines(keepends=True):
+            end += len(line)
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break
+            if not line.endswith(b"\n") or not isinstance(record, dict) or (records and "crc" not in record):
+                break
+            records.append(record)
+            ends.append(end)
+        return records, ends
 
     def _append(self, record: dict) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        line = json.dumps(record).encode() + b"\n"
+        if self._file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        self._ends.append((self._ends[-1] if self._ends else 0) + len(line))
 
     def add(self, crc: int) -> None:
-        """The next stored tensor is written."""
+        """The next stored tensor is written. Raises OSError if the disk is full."""
         self._append({"crc": crc})
 
     def rewind(self, n: int) -> None:
         """Forget all but the first ``n`` tensors."""
-        self._file.seek(0)
-        lines = self._file.readlines()[: n + 1]
-        self._file.seek(0)
-        self._file.truncate()
-        self._file.write("".join(lines))
-        self._file.flush()
-        self.crcs = self.crcs[:n]
+        self._file.truncate(self._ends[n])
+        del self._ends[n + 1 :]
+        del self.crcs[n:]
 
     def close(self) -> None:
+        """Close the file, which ends the lock."""
         self._file.close()
 
 
-def intact(folder: Path, shards: list[Shard], header_bytes: list[int], crcs: list[int]) -> int:
+def intact(folder: Path, shards: list[Shard], headers: list[bytes], crcs: list[int]) -> int:
     """How many of the journal's tensors are really in the files.
 
     Finished shards were synchronised to disk when they were closed: their size is checked. The shard that was being
     written is read again, as a power cut may have lost the end of it.
     """
     n = 0
-    for shard, offset in zip(shards, header_bytes, strict=True):
+    for shard, header in zip(shards, headers, strict=True):
         here = crcs[n : n + len(shard.tensors)]
         path = folder / shard.name
         if not here or not path.is_file():
             return n
-        complete = offset + sum(size_bytes(dtype, shape) for _, dtype, shape in shard.tensors)
-        if len(here) == len(shard.tensors) and len(crcs) > n + len(here) and path.stat().st_size == complete:
+        complete = len(header) + sum(size_bytes(dtype, shape) for _, dtype, shape in shard.tensors)
+        finished = len(here) == len(shard.tensors)
+        if finished and len(crcs) > n + len(here) and path.stat().st_size == complete:
             n += len(here)
             continue
         with path.open("rb") as file:
-            file.seek(offset)
+            if file.read(len(header)) != header:
+                return n
             for (_, dtype, shape), crc in zip(shard.tensors, here, strict=False):
                 if _crc(file, size_bytes(dtype, shape)) != crc:
                     return n
                 n += 1
-        if len(here) < len(shard.tensors):
+        if not finished:
             return n
+        if path.stat().st_size != complete:
+            return n - 1  # so that the file is opened once more and what follows its end is dropped
     return n
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import psutil
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from tq.engine import ops
 from tq.engine.model import formats, hub, layers, turboquant
-from tq.engine.model.architecture import build_model, outline
+from tq.engine.model.architecture import build_model, outline, parameters
 from tq.engine.model.roles import matrices
 from tq.engine.model.safetensors import read_folder_headers
 from tq.engine.model.sources import OWN_MODES, FolderSource, GGUFSource, quantization_mode, read_config
@@ -25,6 +25,7 @@ LAYERS = {
     "multi": layers.QuantMultiLinear,
 }
 HALF = (mx.float16, mx.bfloat16)
+HEAD_FROM_WEIGHTS = ("gemma3_text", "recurrent_gemma")
 
 
 @dataclass
@@ -82,15 +83,17 @@ def load_packed(path: Path, trust_remote_code: bool = False) -> tuple[nn.Module,
     found = matrices(model)
     reader = turboquant if turboquant.is_turboquant(config) else formats
     packed = reader.read_matrices(config, weights, {p: m.shape for p, m in found.items()})
+    dense = {name: p.shape for name, p in parameters(model).items() if name.removesuffix(".weight") not in packed}
+    for name, shape in dense.items():
+        if name not in weights:
+            raise TQError(f"{path} has no tensor for {name}", formats.DAMAGED)
+        if weights[name].shape != shape:
+            raise TQError(f"{path}: {name} has shape {weights[name].shape}, the model wants {shape}", formats.DAMAGED)
     dtype, notes = activation_dtype(_stored_dtype(config, weights))
     replaced = _modules(packed, {p: m.kind for p, m in found.items()}, weights, dtype)
     model.update_modules(tree_unflatten(list(replaced.items())))
-    rest = {name: _cast(array, dtype) for name, array in weights.items()}
-    wanted = {name for name, _ in tree_flatten(model.parameters())}
-    stored = {f"{path}.{name}" for path, module in replaced.items() for name in module.parameters()}
-    if missing := sorted(wanted - stored - rest.keys()):
-        raise TQError(f"{path} has no tensor for {missing[0]}", "download or convert the model again")
-    model.load_weights([(name, array) for name, array in rest.items() if name in wanted], strict=False)
+    # Biases of packed matrices are in their modules already.
+    model.load_weights([(name, _cast(weights[name], dtype)) for name in dense if name in weights], strict=False)
     model.eval()
     notes += _keep_decoded(replaced, dtype)
     _evaluate(model, replaced)
@@ -121,13 +124,15 @@ def _drop_absent_head(model: nn.Module, weights: dict[str, mx.array]) -> None:
 
     mlx-lm's Gemma 3 and RecurrentGemma decide this from the weights, in ``sanitize``.
     """
-    parents = dict(model.named_modules())
-    for path in list(parents):
-        parent, _, name = path.rpartition(".")
-        if name == "lm_head" and not any(tensor.startswith(f"{path}.") for tensor in weights):
-            parents[parent].pop(name)
-            if hasattr(parents[parent], "tie_word_embeddings"):
-                parents[parent].tie_word_embeddings = True
+    for path, module in model.named_modules():
+        head = f"{path}.lm_head." if path else "lm_head."
+        if (
+            type(module).__module__.rpartition(".")[2] in HEAD_FROM_WEIGHTS
+            and "lm_head" in module
+            and not any(name.startswith(head) for name in weights)
+        ):
+            module.pop("lm_head")
+            module.tie_word_embeddings = True
 
 
 def activation_dtype(stored: mx.Dtype) -> tuple[mx.Dtype, list[str]]:
@@ -215,12 +220,12 @@ def _load_mlx_lm(path: Path, trust_remote_code: bool) -> tuple[nn.Module, list[s
         model, config = load_model(path, lazy=True, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError) as error:
         raise TQError(f"mlx-lm cannot load {path}: {str(error).splitlines()[0]}") from error
-    halves = {a.dtype for _, a in tree_flatten(model.parameters()) if a.dtype in HALF}
+    halves = {array.dtype for array in parameters(model).values() if array.dtype in HALF}
     notes: list[str] = []
     if halves:
         dtype, notes = activation_dtype(halves.pop())
         if dtype not in HALF:
-            model.update(tree_unflatten([(n, _cast(a, dtype)) for n, a in tree_flatten(model.parameters())]))
+            model.update(tree_unflatten([(name, _cast(a, dtype)) for name, a in parameters(model).items()]))
     mx.eval(model.parameters())
     return model, notes
 

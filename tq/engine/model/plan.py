@@ -9,12 +9,13 @@ import mlx.core as mx
 from tq.engine.model.architecture import Outline, outline
 from tq.engine.model.formats import TqFormat
 from tq.engine.model.recipe import Recipe
-from tq.engine.model.roles import Matrix, Role
+from tq.engine.model.roles import NOT_CALLED, QUANTIZED_ROLES, VETOED, Matrix, Role
 from tq.engine.model.safetensors import Shard, plan_shards, size_bytes
 from tq.engine.model.sources import Source
 from tq.engine.model.turboquant import TurboquantFormat
 from tq.engine.quantize import QuantSpec
 from tq.engine.quantize.codecs import ENCODE_VALUES
+from tq.engine.quantize.spec import GROUP_SIZES
 from tq.errors import TQError, UsageError
 
 FORMATS: dict[str, type[TqFormat]] = {"tq": TqFormat, "turboquant": TurboquantFormat}
@@ -39,7 +40,6 @@ class PlannedTensor:
         spec: How it is quantized; None keeps it in full precision.
         shape: Dense shape.
         stored: (name, dtype code, shape) of each tensor that the checkpoint gets, in order.
-        weights: Number of weights.
     """
 
     name: str
@@ -56,10 +56,23 @@ class PlannedTensor:
     def weights(self) -> int:
         return prod(self.shape)
 
+    @property
+    def parameter(self) -> str:
+        """Its name in the model."""
+        return f"{self.name}.weight" if self.spec else self.name
 
-@dataclass
+
+@dataclass(repr=False)  # to show the arrays would read them
 class Plan:
-    """A source, what its tensors become, and the files that will hold them."""
+    """A source, what its tensors become, and the files that will hold them.
+
+    Attributes:
+        outline: The model and its lazy weights, which the conversion uses up.
+        dtype: Of the floating-point tensors that stay, and of the activations.
+        shared: Tensors that many matrices use, stored once.
+        peak_memory_bytes: An estimate for the conversion.
+        notes: What a person should know.
+    """
 
     source: Source
     recipe: Recipe
@@ -71,6 +84,7 @@ class Plan:
     shards: list[Shard]
     index: dict[str, Any]
     quantization: dict[str, Any]
+    peak_memory_bytes: int
     notes: list[str]
 
     @property
@@ -100,16 +114,6 @@ class Plan:
             return None
         return 8 * sum(t.size_bytes for t in quantized) / sum(t.weights for t in quantized)
 
-    @property
-    def peak_memory_bytes(self) -> int:
-        """Estimate of the converter's memory: the interpreter, the largest tensor read and made, one encoded block."""
-        largest = max(
-            # A tensor that mlx-lm stacks or dequantizes exists twice for a moment.
-            (2 * tensor.weights * self.outline.weights[_parameter(tensor)].dtype.size + tensor.size_bytes)
-            for tensor in self.tensors
-        )
-        return BASE_MEMORY + largest + ENCODER_COPIES * 4 * ENCODE_VALUES
-
     def by_role(self) -> list[dict[str, Any]]:
         """One record per role and spec: tensors, weights, bytes, bits per weight."""
         groups: dict[tuple[str, str], list[PlannedTensor]] = {}
@@ -133,8 +137,14 @@ def _kept_as(tensor: PlannedTensor) -> str:
     return tensor.stored[0][1].lower()
 
 
-def _parameter(tensor: PlannedTensor) -> str:
-    return f"{tensor.name}.weight" if tensor.spec else tensor.name
+def _peak_memory(tensors: list[PlannedTensor], weights: dict[str, mx.array]) -> int:
+    """Estimate of the converter's memory: the interpreter, the largest tensor read and made, one encoded block."""
+    largest = max(
+        # A tensor that mlx-lm stacks or dequantizes exists twice for a moment.
+        2 * tensor.weights * weights[tensor.parameter].dtype.size + tensor.size_bytes
+        for tensor in tensors
+    )
+    return BASE_MEMORY + largest + ENCODER_COPIES * 4 * ENCODE_VALUES
 
 
 def make_plan(
@@ -189,10 +199,11 @@ def make_plan(
     all_stored = [(n, DTYPE_CODES[a.dtype], tuple(a.shape)) for n, a in shared.items()]
     all_stored += [entry for tensor in tensors for entry in tensor.stored]
     shards, index = plan_shards(all_stored)
-    notes = found.notes + _row_notes(specs)
+    notes = found.notes + recipe.unused(found.matrices.values()) + _matrix_notes(found.matrices)
+    notes += _group_notes(found.matrices, specs, recipe, layout)
     return Plan(
         source, recipe, found, layout, chosen, tensors, shared, shards, index,
-        layout.quantization(specs, chosen), notes,
+        layout.quantization(specs, chosen), _peak_memory(tensors, found.weights), notes,
     )  # fmt: skip
 
 
@@ -211,8 +222,28 @@ def _role(name: str) -> Role:
     return Role.NORM if "norm" in name.lower() or ".ln" in name.lower() else Role.OTHER
 
 
-def _row_notes(specs: dict[str, tuple[Matrix, QuantSpec]]) -> list[str]:
-    odd = sorted({m.shape[-1] for m, s in specs.values() if s.group_size == 0 and m.shape[-1] % 32})
-    if not odd:
-        return []
-    return [f"one scale per row for matrices with {', '.join(map(str, odd))} inputs, which no group size divides"]
+def _matrix_notes(matrices: dict[str, Matrix]) -> list[str]:
+    """What no recipe can quantize, although its role says so. Small matrices are not worth a word."""
+    notes = []
+    for reason in (NOT_CALLED, VETOED):
+        kept = [m.path for m in matrices.values() if m.kept == reason and m.role in QUANTIZED_ROLES]
+        if kept:
+            more = f" and {len(kept) - 1} more" if len(kept) > 1 else ""
+            notes.append(f"kept in full precision: {kept[0]}{more}, {reason}")
+    return notes
+
+
+def _group_notes(
+    matrices: dict[str, Matrix], specs: dict[str, tuple[Matrix, QuantSpec]], recipe: Recipe, layout: TqFormat
+) -> list[str]:
+    """What became of matrices whose inputs no group size divides."""
+    odd = [m for m in matrices.values() if m.quantizable and m.shape[-1] % GROUP_SIZES[0]]
+    rows = [m for m in odd if m.path in specs]
+    kept = [m for m in odd if m.path not in specs and recipe.choice(m, m.role, layout.vocabulary).codec != "none"]
+    parts = (("one scale per row", rows), ("kept in full precision", kept))
+    return [
+        f"{what}: {len(found)} matrices with {', '.join(map(str, sorted({m.shape[-1] for m in found})))} inputs, "
+        "which no group size divides"
+        for what, found in parts
+        if found
+    ]

@@ -293,22 +293,28 @@ class ShardWriter:
         self.path = path
         self.tensors = tuple(tensors)
         self.finished = finished
-        header = _header_bytes(self.tensors, metadata or {})
+        header = header_bytes(self.tensors, metadata or {})
         self._offsets = [len(header)]
         for _, dtype, shape in self.tensors:
             self._offsets.append(self._offsets[-1] + size_bytes(dtype, shape))
         try:
-            if finished == 0:
-                self._file = path.open("wb", buffering=0)
-                self._write(memoryview(header), 0)
-            else:
-                self._file = path.open("r+b", buffering=0)
-                if self._file.read(len(header)) != header or path.stat().st_size < self._offsets[finished]:
-                    self._file.close()
-                    raise TQError(f"{path} does not hold what was written before", "begin again with --restart")
-                self._file.truncate(self._offsets[finished])
+            self._file = path.open("r+b" if finished else "wb", buffering=0)
+            try:
+                self._begin(header)
+            except BaseException:
+                self._file.close()
+                raise
         except OSError as error:
-            raise _write_error(path, error) from error
+            raise write_error(path, error) from error
+
+    def _begin(self, header: bytes) -> None:
+        if not self.finished:
+            self._write(memoryview(header), 0)
+            return
+        end = self._offsets[self.finished]
+        if self._file.read(len(header)) != header or self.path.stat().st_size < end:
+            raise TQError(f"{self.path} does not hold what was written before", "begin again with --restart")
+        self._file.truncate(end)
 
     def append(self, name: str, array: "mx.array") -> int:
         """Writes the next tensor and returns the CRC-32 of its bytes.
@@ -332,7 +338,7 @@ class ShardWriter:
             try:
                 crc = self._write(data, self._offsets[self.finished])
             except OSError as error:
-                raise _write_error(self.path, error) from error
+                raise write_error(self.path, error) from error
         self.finished += 1
         return crc
 
@@ -343,7 +349,7 @@ class ShardWriter:
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise _write_error(self.path, error) from error
+            raise write_error(self.path, error) from error
         finally:
             self._file.close()
 
@@ -365,12 +371,8 @@ class ShardWriter:
         self.close()
 
 
-def header_size(tensors: Sequence[TensorSpec], metadata: dict[str, str]) -> int:
-    """Bytes before the first tensor of the file that ShardWriter makes of these tensors."""
-    return len(_header_bytes(tensors, metadata))
-
-
-def _header_bytes(tensors: Sequence[TensorSpec], metadata: dict[str, str]) -> bytes:
+def header_bytes(tensors: Sequence[TensorSpec], metadata: dict[str, str]) -> bytes:
+    """What comes before the first tensor in the file that ShardWriter makes of these tensors."""
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     offset = 0
     for name, dtype, shape in tensors:
@@ -384,7 +386,8 @@ def _header_bytes(tensors: Sequence[TensorSpec], metadata: dict[str, str]) -> by
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_error(path: Path, error: OSError) -> TQError:
+def write_error(path: Path, error: OSError) -> TQError:
+    """What to tell a person of a failed write."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return TQError(f"the disk is full: {path} cannot be written", "free some space and run the same command again")
     return TQError(f"{path} cannot be written: {error.strerror or error}")

@@ -19,13 +19,13 @@ import mlx.core as mx
 import numpy as np
 
 from tq.engine.model.formats import Specs, TqFormat
-from tq.engine.model.recipe import Choice
+from tq.engine.model.recipe_file import Choice
 from tq.engine.model.roles import Matrix
 from tq.engine.quantize import PackedTensor, QuantSpec, layout
 from tq.engine.quantize.packed import SHARED, ArrayLayout
 from tq.engine.quantize.packing import TRITS_PER_WORD, words_per_row
 from tq.engine.quantize.rotation import MAX_POWER_OF_TWO
-from tq.engine.quantize.spec import GROUP_SIZES, ROW
+from tq.engine.quantize.spec import FOREIGN_GROUP_SIZE, GROUP_SIZES, ROW
 from tq.errors import TQError
 
 MODE = "turboquant"
@@ -249,11 +249,11 @@ def _check_words(path: str, weight: mx.array, words: int | None) -> None:
 
 def _group_size(path: str, n: int, groups: int) -> int:
     size, rest = divmod(n, groups)
-    if not rest and size in GROUP_SIZES:
+    if not rest and size in (*GROUP_SIZES, FOREIGN_GROUP_SIZE):
         return size
     if groups == 1:
         return ROW
-    valid = ", ".join(map(str, GROUP_SIZES))
+    valid = ", ".join(map(str, (FOREIGN_GROUP_SIZE, *GROUP_SIZES)))
     raise TQError(f"{path} has {groups} scales for {n} input features; tq reads groups of {valid} or a whole row")
 
 
