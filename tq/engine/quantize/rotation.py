@@ -35,6 +35,16 @@ def random_signs(n: int, seed: int = 0) -> np.ndarray:
     return signs
 
 
+@lru_cache
+def _transposed_hadamard(m: int) -> np.ndarray:
+    """H_m^T for m = 12, 20, 28, orthonormal: the rows of an identity, transformed, are the columns of H_m.
+
+    On the CPU, because MLX's Metal kernel fails for these sizes in releases before mlx pull request 4054.
+    """
+    with mx.stream(mx.cpu):
+        return np.array(mx.hadamard_transform(mx.eye(m)))
+
+
 def rotate(x: mx.array, signs: mx.array) -> mx.array:
     """y = H (signs * x) along the last axis. x: (..., n), signs: (n,); the type of ``x`` is kept."""
     x = x * signs.astype(x.dtype)
@@ -42,9 +52,12 @@ def rotate(x: mx.array, signs: mx.array) -> mx.array:
     block = hadamard_block(n)
     if block == 1:
         return x
-    if block == n:
-        return mx.hadamard_transform(x)
-    return mx.hadamard_transform(x.reshape(*x.shape[:-1], n // block, block)).reshape(x.shape)
+    blocks = x if block == n else x.reshape(*x.shape[:-1], n // block, block)
+    if block in HADAMARD_FACTORS:
+        y = blocks @ mx.array(_transposed_hadamard(block)).astype(x.dtype)
+    else:
+        y = mx.hadamard_transform(blocks)
+    return y.reshape(x.shape)
 
 
 def unrotate(y: mx.array, signs: mx.array) -> mx.array:
@@ -62,8 +75,6 @@ def unrotate(y: mx.array, signs: mx.array) -> mx.array:
         if block // m > 1:
             x = mx.hadamard_transform(x)
         if m > 1:
-            # Rows of an identity, transformed, are the columns of H_m: this is H_m transposed, and orthonormal.
-            transposed = mx.hadamard_transform(mx.eye(m)).astype(y.dtype)
-            x = transposed @ x
+            x = mx.array(_transposed_hadamard(m)).astype(y.dtype) @ x
         x = x.reshape(y.shape)
     return x * signs.astype(y.dtype)
