@@ -33,7 +33,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(tq, checkpoint, tmp_path):
     assert result.code == 0
     table, facts = result.out.split("\n\n")
     assert table.splitlines()[0].split() == ["role", "codes", "tensors", "weights", "bytes", "bits_per_weight"]
-    assert {line.split()[0] for line in table.splitlines()[1:]} == {"attention", "mlp", "embedding", "norm"}
+    assert {line.split()[0] for line in table.splitlines()[1:]} == {"attention", "value", "mlp", "embedding", "norm"}
     assert [line.split("  ")[0] for line in facts.splitlines()] == [
         "model", "output", "size", "bits per weight", "peak memory", "free disk",
     ]  # fmt: skip

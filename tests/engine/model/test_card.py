@@ -62,7 +62,7 @@ def test_the_table_of_roles_is_that_of_the_plan(source):
     assert [row[:2] for row in table] == [[r["role"], r["codes"]] for r in plan.by_role()]
     assert sum(int(row[4].replace(",", "")) for row in table) == sum(t.size_bytes for t in plan.tensors)
     attention = next(row for row in table if row[0] == "attention")
-    assert attention == ["attention", "lloyd-max 3-bit g64", "8", "98,304", "39,936", "3.250"]
+    assert attention == ["attention", "lloyd-max 3-bit g64", "6", "81,920", "33,280", "3.250"]
 
 
 def test_it_says_how_to_run(source):

@@ -68,7 +68,7 @@ def test_3_bits_take_3_bits_and_the_scales(source, tmp_path):
     list(convert(plan, tmp_path / "out"))
     headers = read_folder_headers(tmp_path / "out")
     three = [t for t in plan.tensors if t.spec and t.spec.bits == 3 and t.spec.group_size == 64]
-    assert len(three) == 2 * 6  # q, k, v, o, gate and up of two layers
+    assert len(three) == 2 * 5  # q, k, o, gate and up of two layers
     for tensor in three:
         weights = tensor.shape[0] * tensor.shape[1]
         stored = headers[f"{tensor.name}.weight"].size_bytes + headers[f"{tensor.name}.scales"].size_bytes

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tq.engine.model.recipe import Recipe
+from tq.engine.model.recipe import FormatDefaults, Recipe
 from tq.engine.model.recipe_file import Choice, parse_layers
 from tq.engine.model.roles import TOO_SMALL, Matrix, Role
 from tq.engine.quantize import QuantSpec
@@ -10,6 +10,7 @@ from tq.errors import UsageError
 
 PATHS = {
     Role.ATTENTION: "model.layers.1.self_attn.q_proj",
+    Role.VALUE: "model.layers.1.self_attn.v_proj",
     Role.MLP: "model.layers.1.mlp.up_proj",
     Role.EXPERT: "model.layers.1.mlp.switch_mlp.up_proj",
     Role.EXPERT_DOWN: "model.layers.1.mlp.switch_mlp.down_proj",
@@ -47,7 +48,7 @@ def from_toml(tmp_path, text, **given):
 def test_the_default_is_4_bits_in_groups_of_64_and_6_for_embedding_and_head():
     recipe = options()
     assert recipe.spec_for(matrix()) == QuantSpec("lloyd-max", 4, 64, "hadamard", False)
-    assert bits(recipe, *PATHS) == [4, 4, 4, 4, 4, None, 6, 6, None]
+    assert bits(recipe, *PATHS) == [4, 6, 4, 4, 4, 4, None, 6, 6, None]
     assert recipe.name == "default"
 
 
@@ -82,7 +83,7 @@ def test_general_options(given, spec):
 @pytest.mark.parametrize(
     ("option", "roles"),
     [
-        ("attention_bits", {Role.ATTENTION}),
+        ("attention_bits", {Role.ATTENTION, Role.VALUE}),
         ("mlp_bits", {Role.MLP}),
         ("expert_bits", {Role.EXPERT, Role.EXPERT_DOWN}),  # the down matrix too, unless it has its own
         ("expert_down_bits", {Role.EXPERT_DOWN}),
@@ -95,6 +96,36 @@ def test_options_of_a_role_change_that_role_alone(option, roles, value, expected
     recipe, plain = options(**{option: value}), options()
     for role in PATHS:
         assert bits(recipe, role) == ([expected] if role in roles else bits(plain, role)), role
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, QuantSpec(bits=6)),
+        ({"bits": 2}, QuantSpec(bits=4)),
+        ({"bits": 7}, QuantSpec(bits=8)),
+        ({"bits": 8}, QuantSpec(bits=8)),
+        ({"codec": "affine", "bits": 5}, QuantSpec("affine", 8)),
+        ({"codec": "ternary"}, QuantSpec("ternary", 0)),
+        ({"codec": "none"}, None),
+        ({"attention_bits": 3}, QuantSpec(bits=3)),
+        ({"mlp_bits": 2}, QuantSpec(bits=6)),
+    ],
+)
+def test_value_projections_get_two_bits_more_unless_asked(given, expected):
+    assert options(**given).spec_for(matrix(Role.VALUE)) == expected
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(2, 4), (3, 4), (4, 4)])
+def test_a_format_may_bound_the_bits_of_value_projections(bits, expected):
+    narrow = FormatDefaults(most_bits=4)
+    assert options(bits=bits).spec_for(matrix(Role.VALUE), defaults=narrow) == QuantSpec(bits=expected)
+
+
+def test_a_recipe_file_may_name_value_projections(tmp_path):
+    (tmp_path / "r.toml").write_text("[weights]\nbits = 3\n[weights.value]\nbits = 4\n")
+    recipe = options(recipe=tmp_path / "r.toml")
+    assert recipe.spec_for(matrix(Role.VALUE)) == QuantSpec(bits=4)
 
 
 def test_the_down_matrix_of_experts_may_differ():
@@ -316,13 +347,13 @@ def test_a_tied_head_gets_the_better_of_what_was_asked(given, expected):
 
 
 def test_a_format_may_have_one_codec_for_the_vocabulary():
-    affine = Choice(codec="affine", rotation="none")
+    affine = FormatDefaults(vocabulary=Choice(codec="affine", rotation="none"))
     for given, expected in (({}, 6), ({"head_bits": 8}, 8), ({"bits": 2, "group_size": "row"}, 6)):
-        spec = options(**given).spec_for(matrix(Role.HEAD), vocabulary=affine)
+        spec = options(**given).spec_for(matrix(Role.HEAD), defaults=affine)
         assert spec == QuantSpec("affine", expected, 64, "none"), given
-    assert options(head_bits="none").spec_for(matrix(Role.HEAD), vocabulary=affine) is None
-    assert options(codec="none").spec_for(matrix(Role.HEAD), vocabulary=affine) is None
-    assert options().spec_for(matrix(), vocabulary=affine) == QuantSpec()
+    assert options(head_bits="none").spec_for(matrix(Role.HEAD), defaults=affine) is None
+    assert options(codec="none").spec_for(matrix(Role.HEAD), defaults=affine) is None
+    assert options().spec_for(matrix(), defaults=affine) == QuantSpec()
 
 
 # --- groups ---

@@ -188,7 +188,8 @@ def test_blocks_have_the_role_of_their_name(every_type):
         for m in found.values():
             blocks = set(m.path.split(".")[:-1])
             if blocks & attention:
-                assert m.role == Role.ATTENTION, (model_type, m.path)
+                assert m.role in (Role.ATTENTION, Role.VALUE), (model_type, m.path)
+                assert (m.role == Role.VALUE) == (m.path.rpartition(".")[2] == "v_proj"), (model_type, m.path)
             elif blocks & feed_forward:
                 assert m.role in in_feed_forward, (model_type, m.path)
             seen += bool(blocks & (attention | feed_forward))
@@ -247,7 +248,7 @@ def test_a_subclass_of_a_layer_may_compute_something_else():
 @pytest.mark.parametrize(("tied", "roles"), [(True, {"embedding"}), (False, {"embedding", "head"})])
 def test_a_tied_head_is_no_matrix_of_its_own(tied, roles):
     found = matrices(build("llama", tie_word_embeddings=tied))
-    assert {m.role.value for m in found.values()} - {"attention", "mlp"} == roles
+    assert {m.role.value for m in found.values()} - {"attention", "value", "mlp"} == roles
 
 
 @pytest.mark.parametrize(

@@ -312,7 +312,13 @@ def test_both_formats_of_a_conversion_hold_the_same_model(tmp_path):
     for file in FIXTURES.glob("ternary_experts/tokenizer*"):
         shutil.copy(file, tmp_path / "source")
     recipe = Recipe.from_options(
-        bits=3, group_size=32, expert_bits="ternary", expert_down_bits=2, embedding_bits="none", head_bits="none"
+        bits=3,
+        attention_bits=3,
+        group_size=32,
+        expert_bits="ternary",
+        expert_down_bits=2,
+        embedding_bits="none",
+        head_bits="none",
     )
     logits = {}
     for name in ("tq", "turboquant"):

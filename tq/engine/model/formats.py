@@ -5,7 +5,7 @@ A format object has the interface of ``TqFormat``; ``turboquant.py`` has the oth
 
 import mlx.core as mx
 
-from tq.engine.model.recipe_file import Choice
+from tq.engine.model.recipe import ANY_FORMAT
 from tq.engine.model.roles import Matrix
 from tq.engine.quantize import PackedTensor, QuantSpec, layout, shared_arrays
 from tq.engine.quantize.packed import SHARED, ArrayLayout
@@ -20,8 +20,7 @@ class TqFormat:
     """Per matrix ``<path>.weight`` and ``<path>.scales`` (``.biases``, ``.qjl_*``); shared arrays once per model."""
 
     name = "tq"
-    # What embedding and head get, over the recipe's general choice, where the recipe says nothing of them.
-    vocabulary = Choice()
+    defaults = ANY_FORMAT
 
     def refuse(self, matrix: Matrix, spec: QuantSpec) -> str | None:
         """The reason why the format cannot hold a matrix; None if it can."""

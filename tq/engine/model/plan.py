@@ -175,7 +175,7 @@ def make_plan(
     found = outline(source, trust_remote_code)
     specs: dict[str, tuple[Matrix, QuantSpec]] = {}
     for path, matrix in found.matrices.items():
-        spec = recipe.spec_for(matrix, found.tied_head, layout.vocabulary)
+        spec = recipe.spec_for(matrix, found.tied_head, layout.defaults)
         if spec is not None:
             if reason := layout.refuse(matrix, spec):
                 raise TQError(f"the {layout.name} format cannot hold {path} as {spec.label()}: {reason}")
@@ -239,7 +239,7 @@ def _group_notes(
     """What became of matrices whose inputs no group size divides."""
     odd = [m for m in matrices.values() if m.quantizable and m.shape[-1] % GROUP_SIZES[0]]
     rows = [m for m in odd if m.path in specs]
-    kept = [m for m in odd if m.path not in specs and recipe.choice(m, m.role, layout.vocabulary).codec != "none"]
+    kept = [m for m in odd if m.path not in specs and recipe.choice(m, m.role, layout.defaults).codec != "none"]
     parts = (("one scale per row", rows), ("kept in full precision", kept))
     return [
         f"{what}: {len(found)} matrices with {', '.join(map(str, sorted({m.shape[-1] for m in found})))} inputs, "

@@ -56,6 +56,7 @@ class Weights(Choice):
     """The ``[weights]`` table: a general choice, one per role, and patterns. Later patterns win."""
 
     attention: Choice = Choice()
+    value: Choice = Choice()
     mlp: Choice = Choice()
     expert: Choice = Choice()
     expert_down: Choice = Choice()

@@ -15,6 +15,7 @@ class Role(StrEnum):
     """What a tensor is for. Recipes give bits by role."""
 
     ATTENTION = "attention"  # all that mixes tokens: attention, its latent projections, linear attention, state spaces
+    VALUE = "value"  # the value projection of attention: small where queries are grouped, and the most sensitive
     MLP = "mlp"
     EXPERT = "expert"
     EXPERT_DOWN = "expert_down"
@@ -29,6 +30,7 @@ class Role(StrEnum):
 # Roles whose matrices are quantized. Routers are tiny and decide everything; the rest are vectors.
 QUANTIZED_ROLES = (
     Role.ATTENTION,
+    Role.VALUE,
     Role.MLP,
     Role.EXPERT,
     Role.EXPERT_DOWN,
@@ -38,6 +40,7 @@ QUANTIZED_ROLES = (
 )
 MIN_FEATURES = 32  # a matrix with fewer inputs or outputs saves nothing
 
+_VALUE = {"v_proj", "wv", "value", "value_proj"}
 # Names of the second matrix of an expert, which is the most sensitive one.
 _DOWN = {"down_proj", "w2", "fc2", "output_linear", "down"}
 # Names that belong to a feed-forward block even inside a block called "mixer" (Nemotron-H names every block so).
@@ -170,7 +173,9 @@ def _role(path: str, kind: str, shape: tuple[int, ...], context: _Context) -> Ro
         return Role.SHARED_EXPERT
     if (name in _FEED_FORWARD and not in_attention) or ".".join(scope) in context.expert_blocks:
         return Role.MLP
-    return Role.ATTENTION if any(_MIXES_TOKENS.search(part) for part in parts) else Role.MLP
+    if not any(_MIXES_TOKENS.search(part) for part in parts):
+        return Role.MLP
+    return Role.VALUE if name in _VALUE else Role.ATTENTION
 
 
 def _is_positions(path: str) -> bool:

@@ -19,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from tq.engine.model.formats import Specs, TqFormat
+from tq.engine.model.recipe import FormatDefaults
 from tq.engine.model.recipe_file import Choice
 from tq.engine.model.roles import Matrix
 from tq.engine.quantize import PackedTensor, QuantSpec, layout
@@ -45,7 +46,8 @@ class TurboquantFormat(TqFormat):
     """The layout as a format to write."""
 
     name = MODE
-    vocabulary = Choice(codec="affine", rotation="none")  # it has no other code for an embedding
+    # It has no other code for an embedding, and its converter makes no wider codes.
+    defaults = FormatDefaults(vocabulary=Choice(codec="affine", rotation="none"), most_bits=max(WRITABLE_BITS))
 
     def refuse(self, matrix: Matrix, spec: QuantSpec) -> str | None:
         """The reason why its loader cannot run ``matrix`` with ``spec``; None if it can."""
