@@ -116,10 +116,9 @@ def test_value_projections_get_two_bits_more_unless_asked(given, expected):
     assert options(**given).spec_for(matrix(Role.VALUE)) == expected
 
 
-@pytest.mark.parametrize(("bits", "expected"), [(2, 4), (3, 4), (4, 4)])
-def test_a_format_may_bound_the_bits_of_value_projections(bits, expected):
-    narrow = FormatDefaults(most_bits=4)
-    assert options(bits=bits).spec_for(matrix(Role.VALUE), defaults=narrow) == QuantSpec(bits=expected)
+def test_a_format_may_have_one_width_for_all_of_attention():
+    uniform = FormatDefaults(value_extra_bits=0)
+    assert options(bits=3).spec_for(matrix(Role.VALUE), defaults=uniform) == QuantSpec(bits=3)
 
 
 def test_a_recipe_file_may_name_value_projections(tmp_path):

@@ -26,11 +26,11 @@ class FormatDefaults:
 
     Attributes:
         vocabulary: For embedding and head, over the general choice.
-        most_bits: The widest codes that tq chooses of itself.
+        value_extra_bits: How many more bits value projections get than the rest of attention.
     """
 
     vocabulary: Choice = NO_CHOICE
-    most_bits: int = 8
+    value_extra_bits: int = VALUE_EXTRA_BITS
 
 
 ANY_FORMAT = FormatDefaults()
@@ -142,7 +142,7 @@ class Recipe:
         if role == Role.VALUE:
             choice = choice.over(self.weights.attention)
             if choice.bits is None and choice.over(general).codec in (None, "lloyd-max", "affine"):
-                choice = Choice(bits=_more_bits(choice.over(general), defaults.most_bits)).over(choice)
+                choice = Choice(bits=_more_bits(choice.over(general), defaults.value_extra_bits)).over(choice)
         if role in (Role.EMBEDDING, Role.HEAD) and choice.over(general).codec != "none":
             if choice.bits is None and choice.codec != "ternary":
                 bits = max(general.bits or DEFAULT_BITS, MIN_VOCABULARY_BITS)
@@ -173,11 +173,11 @@ class Recipe:
         return notes
 
 
-def _more_bits(choice: Choice, most: int) -> int:
-    """The bits of ``choice`` and VALUE_EXTRA_BITS, or the next that its codec has, but no more than ``most``."""
-    own = choice.bits or DEFAULT_BITS
-    valid = [bits for bits in CODEC_BITS[choice.codec or "lloyd-max"] if own <= bits <= most]
-    return next((bits for bits in valid if bits >= own + VALUE_EXTRA_BITS), max(valid, default=own))
+def _more_bits(choice: Choice, extra: int) -> int:
+    """The bits of ``choice`` and ``extra`` more: the next that its codec has, or its most."""
+    wanted = (choice.bits or DEFAULT_BITS) + extra
+    valid = CODEC_BITS[choice.codec or "lloyd-max"]
+    return next((bits for bits in valid if bits >= wanted), valid[-1])
 
 
 def _general(weights: Weights) -> Choice:

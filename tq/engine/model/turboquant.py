@@ -46,8 +46,8 @@ class TurboquantFormat(TqFormat):
     """The layout as a format to write."""
 
     name = MODE
-    # It has no other code for an embedding, and its converter makes no wider codes.
-    defaults = FormatDefaults(vocabulary=Choice(codec="affine", rotation="none"), most_bits=max(WRITABLE_BITS))
+    # It has no other code for an embedding, and its older versions know one width for all of attention.
+    defaults = FormatDefaults(vocabulary=Choice(codec="affine", rotation="none"), value_extra_bits=0)
 
     def refuse(self, matrix: Matrix, spec: QuantSpec) -> str | None:
         """The reason why its loader cannot run ``matrix`` with ``spec``; None if it can."""
