@@ -1,6 +1,6 @@
 """Gives MLX on Linux a fast BLAS: a small library, built at first use, that leads to the OpenBLAS in NumPy's wheel.
 
-MLX's own wheel is linked with the reference BLAS: about 4 GFLOP/s where OpenBLAS reaches 360 on two cores. The
+MLX's own wheel is linked with the reference BLAS: about 2 GFLOP/s where this reaches 170 (benchmarks/blas.json). The
 dynamic linker gives a symbol to whoever defined it first, so a library with cblas_sgemm that is loaded globally before
 mlx.core takes its matrix products over (blas.c says how). Hence `enable` is called by every command before it imports
 the engine, and by `tq.load` and its neighbours when they are first touched; `import tq` alone does nothing.
