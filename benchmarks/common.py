@@ -1,6 +1,8 @@
 """What every benchmark needs: the machine and versions in the result, and where the result is written."""
 
+import hashlib
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -48,3 +50,27 @@ def write(name: str, results: dict) -> None:
     path = HERE / f"{name}.json"
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}", file=sys.stderr)
+
+
+def in_two_processes(arguments: list[str]) -> list[dict]:
+    """Run this script twice with ``--part 0/2`` and ``1/2``; their JSON lines, sorted and freed of ``order``.
+
+    MLX's CPU backend runs most operations on one thread: two processes use two cores.
+    """
+    workers = [
+        subprocess.Popen(
+            [sys.executable, sys.argv[0], *arguments, "--part", f"{part}/2"],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "TQ_THREADS": "1"},
+        )
+        for part in range(2)
+    ]
+    records = [json.loads(line) for worker in workers for line in worker.communicate()[0].splitlines()]
+    if any(worker.returncode for worker in workers):
+        raise SystemExit("a worker failed")
+    return sorted(records, key=lambda record: record.pop("order"))
+
+
+def digest(path: Path) -> dict:
+    """A text by name and content."""
+    return {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}

@@ -4,15 +4,12 @@ python benchmarks/sensitivity.py -m MODEL --data TEXT
 """
 
 import argparse
-import hashlib
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from common import write
+from common import digest, in_two_processes, write
 
 from tq.cpu import blas
 
@@ -88,28 +85,17 @@ def main() -> None:
     options = parser.parse_args()
     if options.part:
         return measure(options, *map(int, options.part.split("/")))
-    # MLX's CPU backend runs most operations on one thread: two processes use two cores.
-    workers = [
-        subprocess.Popen(
-            [sys.executable, __file__, *sys.argv[1:], "--part", f"{part}/2"],
-            stdout=subprocess.PIPE,
-            env={**os.environ, "TQ_THREADS": "1"},
-        )
-        for part in range(2)
-    ]
-    records = [json.loads(line) for worker in workers for line in worker.communicate()[0].splitlines()]
-    if any(worker.returncode for worker in workers):
-        raise SystemExit("a worker failed")
+    records = in_two_processes(sys.argv[1:])
     write(
         "sensitivity",
         {
             "model": Path(options.model).name,
-            "data": {"name": options.data.name, "sha256": hashlib.sha256(options.data.read_bytes()).hexdigest()},
+            "data": digest(options.data),
             "skipped_characters": options.skip,
             "seq_len": options.seq_len,
             "windows": options.windows,
             "codes": "lloyd-max g64, without data",
-            "rows": sorted(records, key=lambda record: record.pop("order")),
+            "rows": records,
         },
     )
 

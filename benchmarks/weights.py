@@ -7,17 +7,14 @@ model runs with the decoded weights, which compute what the packed ones do (test
 """
 
 import argparse
-import hashlib
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from common import write
+from common import digest, in_two_processes, write
 
 from tq.cpu import blas
 
@@ -144,21 +141,7 @@ def main() -> None:
             np.savez(f"{folder}/moments.npz", **moments)
             arguments += ["--moments", f"{folder}/moments.npz"]
             del loaded, moments
-        # MLX's CPU backend runs most operations on one thread: two processes use two cores.
-        workers = [
-            subprocess.Popen(
-                [sys.executable, __file__, *arguments, "--part", f"{part}/2"],
-                stdout=subprocess.PIPE,
-                env={**os.environ, "TQ_THREADS": "1"},
-            )
-            for part in range(2)
-        ]
-        records = [json.loads(line) for worker in workers for line in worker.communicate()[0].splitlines()]
-    if any(worker.returncode for worker in workers):
-        raise SystemExit("a worker failed")
-
-    def digest(path: Path) -> dict:
-        return {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        records = in_two_processes(arguments)
 
     write(
         "weights",
@@ -169,7 +152,7 @@ def main() -> None:
             "seq_len": options.seq_len,
             "windows": options.windows,
             "calibration_tokens": options.seq_len * options.calibration_windows,
-            "rows": sorted(records, key=lambda record: record.pop("order")),
+            "rows": records,
         },
     )
 
