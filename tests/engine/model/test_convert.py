@@ -227,3 +227,25 @@ def test_memory_is_that_of_one_tensor(tmp_path, make_checkpoint):
         return mx.get_peak_memory() - before
 
     assert np.isclose(peak(8), peak(2), rtol=0.3)
+
+
+def test_everything_is_on_the_disk_before_the_output_appears(source, tmp_path, monkeypatch):
+    synchronised: set[str] = set()
+    fsync = os.fsync
+
+    def record(descriptor):
+        synchronised.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    move = os.rename
+
+    def rename(old, new):
+        assert {str(path) for path in [old, *old.rglob("*")]} <= synchronised
+        move(old, new)
+
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("names of open files are known on Linux only")
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(os, "rename", rename)
+    run(source, tmp_path / "out")
+    assert str(tmp_path) in synchronised

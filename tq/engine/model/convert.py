@@ -136,8 +136,10 @@ def _write(
         writer.close()
     yield Progress(total, total, "weights", "finishing")
     _finish(plan, partial)
+    _synchronise(partial)
     os.rename(partial, out)
     (out / JOURNAL_NAME).unlink()  # last: without it an unfinished folder would begin anew
+    _synchronise(out.parent, files=False)
     resumed = sum(t.weights for t in plan.tensors[:first])
     yield Converted(out, plan.size_bytes, total - resumed, time.perf_counter() - started, encode_seconds)
 
@@ -233,6 +235,17 @@ def _finish(plan: Plan, partial: Path) -> None:
     if len(plan.shards) > 1:
         _write_json(partial / INDEX_NAME, plan.index)
     (partial / "README.md").write_text(model_card(plan), encoding="utf-8")
+
+
+def _synchronise(folder: Path, *, files: bool = True) -> None:
+    """Send a folder's names, and its files, to the disk: a power cut must not leave empty files behind the rename."""
+    paths = [path for path in folder.rglob("*") if path.is_file()] if files else []
+    for path in [*paths, folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _write_json(path: Path, data: dict) -> None:
