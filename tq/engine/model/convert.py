@@ -131,7 +131,6 @@ def _write(
                 del packed
             del lazy, array
             mx.clear_cache()
-        writer.close()
     finally:
         writer.close()
     yield Progress(total, total, "weights", "finishing")

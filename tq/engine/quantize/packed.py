@@ -1,6 +1,7 @@
 """PackedTensor: the arrays of one quantized matrix and its QuantSpec."""
 
 from dataclasses import dataclass
+from math import prod
 
 import mlx.core as mx
 
@@ -18,10 +19,7 @@ class ArrayLayout:
 
     @property
     def size_bytes(self) -> int:
-        n = 1
-        for d in self.shape:
-            n *= d
-        return n * self.dtype.size
+        return prod(self.shape) * self.dtype.size
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ and scale depend on each other, with many local minima, so a grid of start scale
 scale, and the best is refined. The grid lies around the RMS and, where there are levels enough, reaches up to the scale
 at which the highest level meets the largest value: the best scale of a group with outliers lies on the way there.
 
-On N(0,1) in groups of 64 this leaves .1112, .0292 and .0069 at 2, 3 and 4 bits, where one least-squares loop from the
-RMS leaves .1114, .0307 and .0081, and the RMS .1149, .0336, .0093.
+On N(0,1) in groups of 64 this leaves .1105, .0291 and .0068 at 2, 3 and 4 bits, where one least-squares loop from the
+RMS leaves .1116, .0307 and .0081, and the RMS .1147, .0334, .0092 (benchmarks/distortion.json).
 """
 
 import os
