@@ -17,6 +17,7 @@ from small_models import byte_tokenizer
 from tiny_models import build, write_checkpoint
 
 from tq.engine.model import layers
+from tq.engine.model.architecture import parameters
 from tq.engine.model.load import activation_dtype, load, load_packed
 from tq.engine.model.roles import matrices
 from tq.engine.quantize import decode
@@ -139,6 +140,13 @@ def test_a_gguf_file_and_what_is_converted_from_it(tmp_path):
     assert loaded.size_bytes == sum(h.size_bytes for h in _headers(tmp_path / "m.gguf"))
     run(tmp_path / "m.gguf", tmp_path / "out", bits=8, dtype="float32")
     assert relative_error(logits(load(str(tmp_path / "out")).model), logits(loaded.model)) < 3e-2
+
+
+def test_a_gguf_file_runs_in_one_type_although_it_keeps_norms_in_float32(tmp_path, monkeypatch):
+    write_model(tmp_path / "m.gguf", "llama", "Q8_0")
+    monkeypatch.setattr("tq.engine.model.load.activation_dtype", lambda stored: (stored, []))  # as on a GPU
+    model = load(str(tmp_path / "m.gguf")).model
+    assert {array.dtype for array in parameters(model).values()} == {mx.bfloat16}
 
 
 def _headers(path):

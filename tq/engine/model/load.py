@@ -2,6 +2,7 @@
 
 import tempfile
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,7 @@ from tq.engine import ops
 from tq.engine.model import formats, hub, layers, turboquant
 from tq.engine.model.architecture import build_model, outline, parameters
 from tq.engine.model.roles import matrices
-from tq.engine.model.safetensors import read_folder_headers
-from tq.engine.model.sources import OWN_MODES, FolderSource, GGUFSource, quantization_mode, read_config
+from tq.engine.model.sources import OWN_MODES, FolderSource, GGUFSource, quantization_mode
 from tq.engine.quantize import PackedTensor
 from tq.errors import TQError
 
@@ -61,9 +61,9 @@ def load(model: str, *, revision: str | None = None, trust_remote_code: bool = F
     source = FolderSource(path, name=str(model), trust_remote_code=trust_remote_code)
     size = sum(header.size_bytes for header in source.headers.values())
     if quantization_mode(source.config) in OWN_MODES:
-        network, notes = load_packed(path, trust_remote_code)
+        network, notes = _load_packed(source, trust_remote_code)
     else:
-        network, notes = _load_mlx_lm(path, trust_remote_code)
+        network, notes = _load_mlx_lm(source, trust_remote_code)
     tokenizer = _load_tokenizer(path, source.config, trust_remote_code)
     return LoadedModel(network, tokenizer, source.config, path, notes, size)
 
@@ -74,10 +74,11 @@ def load_packed(path: Path, trust_remote_code: bool = False) -> tuple[nn.Module,
     Raises:
         TQError: A tensor is missing, or has another shape than the model or its spec says.
     """
-    config = read_config(path)
-    weights: dict[str, mx.array] = {}
-    for shard in dict.fromkeys(header.path for header in read_folder_headers(path).values()):
-        weights.update(mx.load(str(shard)))  # type: ignore[arg-type]
+    return _load_packed(FolderSource(path, name=str(path), trust_remote_code=trust_remote_code), trust_remote_code)
+
+
+def _load_packed(source: FolderSource, trust_remote_code: bool) -> tuple[nn.Module, list[str]]:
+    path, config, weights = source.folder, source.config, source.weights()
     model = build_model(config, path, trust_remote_code)
     _drop_absent_head(model, weights)
     found = matrices(model)
@@ -166,7 +167,7 @@ def _keep_decoded(modules: dict[str, layers.QuantModule], dtype: mx.Dtype) -> li
         )
         is ops.reference
     ]
-    size = sum(mx.array(0, dtype).itemsize * _n(module.dense_shape) for module in slow)
+    size = sum(dtype.size * prod(module.dense_shape) for module in slow)
     if not slow:
         return []
     if size > psutil.virtual_memory().available // 2:
@@ -174,13 +175,6 @@ def _keep_decoded(modules: dict[str, layers.QuantModule], dtype: mx.Dtype) -> li
     for module in slow:
         module.keep_decoded(dtype)
     return [f"no fast kernel for these codes here: weights are decoded once and take {size / 1e9:.2f} GB of memory"]
-
-
-def _n(shape: tuple[int, ...]) -> int:
-    n = 1
-    for d in shape:
-        n *= d
-    return n
 
 
 def _evaluate(model: nn.Module, modules: dict[str, layers.QuantModule]) -> None:
@@ -196,11 +190,11 @@ def _load_gguf(path: Path, name: str) -> LoadedModel:
         raise TQError(f"{name} is not a model: give a folder, a .gguf file or a Hub id")
     source = GGUFSource(path, name=name)
     found = outline(source)
-    dtype, notes = activation_dtype(mx.float16)
+    dtype, notes = activation_dtype(_stored_dtype(source.config, {}))
     weights = []
     for parameter in list(found.weights):
-        array = source.materialize(found.weights.pop(parameter))
-        weights.append((parameter, _cast(array, dtype)))
+        # All to one type: GGUF keeps norms in float32, which would make the whole model run in it.
+        weights.append((parameter, source.materialize(found.weights.pop(parameter)).astype(dtype)))
         mx.eval(weights[-1][1])
     found.model.load_weights(weights)
     found.model.eval()
@@ -211,13 +205,13 @@ def _load_gguf(path: Path, name: str) -> LoadedModel:
     return LoadedModel(found.model, tokenizer, source.config, path, notes + found.notes, size)
 
 
-def _load_mlx_lm(path: Path, trust_remote_code: bool) -> tuple[nn.Module, list[str]]:
+def _load_mlx_lm(source: FolderSource, trust_remote_code: bool) -> tuple[nn.Module, list[str]]:
     from mlx_lm.utils import load_model
 
-    config = read_config(path)
-    build_model(config, path, trust_remote_code)  # for its errors, which say what to do
+    path = source.folder
+    build_model(source.config, path, trust_remote_code)  # for its errors, which say what to do
     try:
-        model, config = load_model(path, lazy=True, trust_remote_code=trust_remote_code)
+        model, _ = load_model(path, lazy=True, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError) as error:
         raise TQError(f"mlx-lm cannot load {path}: {str(error).splitlines()[0]}") from error
     halves = {array.dtype for array in parameters(model).values() if array.dtype in HALF}
