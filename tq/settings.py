@@ -8,13 +8,20 @@ from tq.errors import TQError, UsageError
 ENVIRONMENT = {
     "TQ_BACKEND": "auto, or the one backend that may run operations on packed weights",
     "TQ_BLAS": "off: leave MLX on Linux with the matrix products of its own wheel",
-    "TQ_THREADS": "threads for native CPU code (default: the cores this process may use)",
+    "TQ_THREADS": "threads for native CPU code (default: the physical cores this process may use)",
+    "TQ_CPU_ISA": "the one instruction set to build CPU kernels for: avx512, avx2vnni, avx2, neon or generic",
+    "TQ_CPU_EXACT": "1: CPU kernels compute with float32 activations instead of 8-bit ones (slower)",
     "TQ_DEBUG": "1: show the traceback behind an error",
 }
 
 
 def debug() -> bool:
     return os.environ.get("TQ_DEBUG", "") not in ("", "0")
+
+
+def cpu_exact() -> bool:
+    """Whether TQ_CPU_EXACT asks for float32 activations in CPU kernels. Models look when they are loaded."""
+    return os.environ.get("TQ_CPU_EXACT", "") not in ("", "0")
 
 
 def threads() -> int | None:

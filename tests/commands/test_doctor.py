@@ -5,7 +5,10 @@ import sys
 
 import pytest
 
-NAMES = ["system", "chip", "memory", "disk", "python", "blas", "mlx", "mlx-lm", "device", "backends", "hub", "settings"]
+NAMES = [
+    "system", "chip", "memory", "disk", "python", "blas", "mlx", "mlx-lm", "device", "kernels", "backends", "hub",
+    "settings",
+]  # fmt: skip
 
 
 def test_a_working_machine_has_every_finding_and_code_0(tq):
@@ -64,3 +67,44 @@ def test_a_slow_blas_is_a_note_with_its_reason(program, tmp_path):
     assert result.code == 0
     assert "note  blas" in result.out
     assert "no C compiler" in result.out
+
+
+def finding(tq, name):
+    return next(found for found in json.loads(tq("doctor", "--json").out)["findings"] if found["name"] == name)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has CPU kernels")
+def test_kernels_say_their_instruction_set_their_threads_and_how_they_are_called(tq):
+    from tq.cpu import isa
+
+    found = finding(tq, "kernels")
+    assert (found["ok"], found["fix"]) == (True, None)
+    assert found["fact"] == f"{isa.chosen().name}, 1 thread, lazy operations of MLX"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has CPU kernels")
+def test_kernels_that_cannot_be_built_are_a_note_with_what_to_do(program, tmp_path):
+    result = program("doctor", PATH="/nonexistent", XDG_CACHE_HOME=str(tmp_path))
+    assert result.code == 0
+    assert "note  kernels" in result.out
+    assert "no C++ compiler" in result.out
+    assert "install g++" in result.out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has CPU kernels")
+def test_kernels_that_are_called_directly_are_a_note_with_what_to_do(tq, monkeypatch):
+    from tq.cpu import lazy
+
+    monkeypatch.setattr(lazy, "state", lambda: lazy.LazyState(False, "nanobind is not installed", "pip install it"))
+    found = finding(tq, "kernels")
+    assert found["ok"]
+    assert found["fact"].endswith(", called directly: nanobind is not installed")
+    assert found["fix"] == "models run faster with lazy operations: pip install it"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has CPU kernels")
+def test_a_wrong_instruction_set_is_broken(program):
+    result = program("doctor", TQ_CPU_ISA="best")
+    assert result.code == 1
+    assert "FAIL  kernels" in result.out
+    assert "TQ_CPU_ISA is 'best'" in result.out

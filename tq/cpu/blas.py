@@ -7,21 +7,15 @@ the engine, and by `tq.load` and its neighbours when they are first touched; `im
 """
 
 import ctypes
-import fcntl
 import functools
-import hashlib
 import importlib.util
 import os
-import platform
-import shutil
-import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from tq import settings
-from tq.errors import TQError
+from tq.cpu import build, cores
+from tq.cpu.build import Declined, Recipe
 
 SOURCE = Path(__file__).with_name("blas.c")
 FUNCTIONS = (
@@ -39,10 +33,6 @@ class BlasState:
 
     active: bool
     reason: str
-
-
-class Declined(Exception):
-    """Why MLX keeps the BLAS that it has."""
 
 
 @functools.cache
@@ -72,7 +62,7 @@ def _enable() -> str:
         raise Declined("mlx was imported before tq could load a faster BLAS")
     openblas = _open_openblas()
     library = _load(_build())
-    wanted = _threads()
+    wanted = cores.threads()
     numpy_threads = min(wanted, openblas.scipy_openblas_get_num_threads64_())
     functions = [ctypes.cast(getattr(openblas, name), ctypes.c_void_p) for name in FUNCTIONS]
     threads = library.tq_blas_init(wanted, numpy_threads, *functions)
@@ -95,60 +85,12 @@ def _open_openblas() -> ctypes.CDLL:
     return openblas
 
 
-def _threads() -> int:
-    """TQ_THREADS, or one for each core that this process may run on."""
-    return settings.threads() or len(os.sched_getaffinity(0))
-
-
 def _load(path: Path) -> ctypes.CDLL:
-    try:
-        library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-    except OSError as error:
-        raise Declined(f"the built library cannot be loaded: {error}") from error
+    library = build.load(path, ctypes.RTLD_GLOBAL)
     library.tq_blas_calls.restype = ctypes.c_long
     return library
 
 
-@functools.cache
 def _build() -> Path:
-    """The library in the cache, compiled if this source and this compiler have not made it yet."""
-    compiler = _compiler()
-    program = Path(compiler[0])
-    made_from = (SOURCE.read_bytes(), compiler, program.resolve(), program.stat().st_mtime_ns, platform.machine())
-    key = hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
-    try:
-        path = settings.cache_dir() / "native" / f"blas-{key}.so"
-    except TQError as error:
-        raise Declined(f"there is no cache folder: {error.message}") from error
-    if path.exists():
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        # The lock keeps two first uses from compiling twice; the rename keeps anyone from seeing half a file.
-        with open(path.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.exists():
-                with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                    made = Path(folder) / path.name
-                    _compile(compiler, made)
-                    made.rename(path)
-    except OSError as error:
-        raise Declined(f"the cache cannot be written: {error}") from error
-    return path
-
-
-def _compile(compiler: list[str], path: Path) -> None:
-    # No -march=native: a cache on a shared home is read by other processors, and the work is done in OpenBLAS.
-    command = [*compiler, "-O2", "-shared", "-fPIC", "-pthread", "-o", str(path), str(SOURCE)]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    if done.returncode:
-        raise Declined(f"{compiler[0]} failed: {(done.stderr.strip() or 'no message').splitlines()[0]}")
-
-
-def _compiler() -> list[str]:
-    """$CC, or the first C compiler found, with its full path."""
-    for words in [os.environ.get("CC", "").split(), ["cc"], ["gcc"], ["clang"]]:
-        program = shutil.which(words[0]) if words else None
-        if program:
-            return [program, *words[1:]]
-    raise Declined("no C compiler (cc, gcc or clang) was found")
+    # The work is done in OpenBLAS, so any processor can have the same flags.
+    return build.build(Recipe("blas", "C", (SOURCE,), flags=("-O2", "-pthread"))).path

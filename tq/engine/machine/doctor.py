@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 from tq import settings
-from tq.cpu import blas
+from tq.cpu import blas, library
 from tq.engine.machine.facts import free_disk_bytes, this_machine
 from tq.errors import TQError
 
@@ -95,6 +95,31 @@ def _device() -> Finding:
     return Finding("device", True, f"{info.get('device_name', mx.default_device())}{limit}")
 
 
+def _kernels() -> Finding:
+    try:
+        import mlx.core as mx
+    except ImportError:
+        return Finding("kernels", True, "none without mlx")
+    if mx.default_device() != mx.Device(mx.cpu):
+        return Finding("kernels", True, "tq's CPU kernels are not needed: models run on the GPU")
+    state = library.state()
+    if not state.active:
+        slow = "models run many times slower without tq's CPU kernels"
+        return Finding("kernels", True, f"none: {state.reason}", f"{slow}: {state.hint}" if state.hint else slow)
+    from tq.cpu import lazy
+
+    how = lazy.state()
+    if how.active:
+        return Finding("kernels", True, f"{state.reason}, {how.reason}")
+    slow = "models run faster with lazy operations"
+    return Finding(
+        "kernels",
+        True,
+        f"{state.reason}, called directly: {how.reason}",
+        f"{slow}: {how.hint}" if how.hint else slow,
+    )
+
+
 def _mlx_lm() -> Finding:
     fix = "pip install 'mlx-lm>=0.32.2,<0.33'"
     try:
@@ -134,6 +159,7 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "mlx": _mlx,
     "mlx-lm": _mlx_lm,
     "device": _device,
+    "kernels": _kernels,
     "backends": _backends,
     "hub": _hub,
     "settings": _settings,

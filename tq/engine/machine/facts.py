@@ -1,6 +1,5 @@
 """Facts of this machine, read from the operating system. Not what to do with them: that is for profiles and doctor."""
 
-import os
 import platform
 import shutil
 import subprocess
@@ -8,10 +7,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tq.cpu import cores
+
 
 @dataclass(frozen=True)
 class Hardware:
-    """One machine. Sizes in bytes; `memory_free_bytes` is what programs can have without swapping."""
+    """One machine. Sizes in bytes; `memory_free_bytes` is what programs can have without swapping.
+
+    `cores` are those that this process may use.
+    """
 
     system: str
     chip: str
@@ -27,7 +31,7 @@ def this_machine() -> Hardware:
     return Hardware(
         system=_system(),
         chip=_chip(),
-        cores=_usable_cores(),
+        cores=cores.available(),
         memory_bytes=memory.total,
         memory_free_bytes=memory.available,
     )
@@ -59,10 +63,3 @@ def _chip() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
-
-
-def _usable_cores() -> int:
-    """Cores that this process may run on, which containers and taskset make fewer."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
