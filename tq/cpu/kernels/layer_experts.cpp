@@ -1,0 +1,101 @@
+// The mixture of experts of a layer: logits, the choice of experts, their weights, and the experts themselves.
+#include "layer_experts.h"
+
+#include <math.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "elementwise.h"
+
+namespace tq {
+namespace {
+
+constexpr int64_t SERIAL = 1 << 15;  // multiplications that are not worth a second thread
+
+// logits (tokens, experts).
+void logits_of(const tq_layer &layer, bool exact, const float *x, int tokens, float *logits) {
+  const tq_router &router = layer.router;
+  const int hidden = layer.hidden, experts = router.experts;
+  if (router.packed.matrix.rows > 0) {
+    std::vector<float> rotated;
+    if (router.packed.rotation.n > 0) {
+      rotated.resize(int64_t(tokens) * hidden);
+      for (int64_t t = 0; t < tokens; t++) rotate_row(router.packed.rotation, x + t * hidden, &rotated[t * hidden]);
+      x = rotated.data();
+    }
+    const Product product{&router.packed.matrix, 0, logits, experts};
+    return multiply(&product, 1, x, hidden, tokens, exact);
+  }
+  const int64_t count = int64_t(tokens) * experts;
+  const auto part = [&](int i, int n) {
+    const Share share(count, i, n);
+    for (int64_t at = share.first; at < share.last; at++) {
+      const int64_t token = at / experts, expert = at % experts;
+      const float bias = router.bias ? router.bias[expert] : 0.0f;
+      logits[at] = dot(x + token * hidden, router.weight + expert * hidden, hidden) + bias;
+    }
+  };
+  if (count * hidden <= SERIAL) {
+    part(0, 1);
+  } else {
+    parallel(part);
+  }
+}
+
+// Logits of one token become scores.
+void score(const tq_router &router, float *logits) {
+  const int n = router.experts;
+  if (router.sigmoid) {
+#pragma omp simd
+    for (int i = 0; i < n; i++) logits[i] = sigmoid(logits[i]);
+    return;
+  }
+  const float sum = exponentials(logits, n, largest(logits, n));
+#pragma omp simd
+  for (int i = 0; i < n; i++) logits[i] /= sum;
+}
+
+// The k best of one token, best first. Without numbers it is the first experts, with weights that are no numbers.
+void choose(const tq_router &router, const float *scores, uint32_t *chosen, float *weights) {
+  const int k = router.k;
+  for (int i = 0; i < k; i++) weights[i] = -INFINITY, chosen[i] = i;
+  for (int expert = 0; expert < router.experts; expert++) {
+    const float value = scores[expert] + (router.correction ? router.correction[expert] : 0.0f);
+    if (!(value > weights[k - 1])) continue;
+    int at = k - 1;
+    for (; at > 0 && value > weights[at - 1]; at--) weights[at] = weights[at - 1], chosen[at] = chosen[at - 1];
+    weights[at] = value, chosen[at] = expert;
+  }
+  float sum = 0.0f;
+  for (int i = 0; i < k; i++) sum += weights[i] = scores[chosen[i]];
+  const float factor = router.normalize ? router.factor / sum : router.factor;
+  for (int i = 0; i < k; i++) weights[i] *= factor;
+}
+
+}  // namespace
+
+void mix_experts(const tq_layer &layer, bool exact, const float *x, int tokens, float *y) {
+  const tq_router &router = layer.router;
+  const int experts = router.experts, k = router.k;
+  std::vector<float> logits(int64_t(tokens) * experts), weights(int64_t(tokens) * k);
+  std::vector<uint32_t> chosen(int64_t(tokens) * k);
+  logits_of(layer, exact, x, tokens, logits.data());
+  for (int64_t t = 0; t < tokens; t++) {
+    score(router, &logits[t * experts]);
+    choose(router, &logits[t * experts], &chosen[t * k], &weights[t * k]);
+  }
+  tq_experts_params params = layer.experts;
+  params.exact = exact;
+  const int32_t rows[] = {tokens, layer.hidden}, choices[] = {tokens, k};
+  const int64_t row_strides[] = {layer.hidden, 1}, choice_strides[] = {k, 1};
+  const tq_array in[] = {
+      {const_cast<float *>(x), rows, row_strides, 2, TQ_F32},
+      {chosen.data(), choices, choice_strides, 2, TQ_U32},
+      {weights.data(), choices, choice_strides, 2, TQ_F32},
+  };
+  const tq_array out[] = {{y, rows, row_strides, 2, TQ_F32}};
+  tq_experts(&params, in, out);
+}
+
+}  // namespace tq
