@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from tq.cpu import library
+
 CELLS = 8192
 
 
@@ -27,6 +29,20 @@ class NearestLevel:
         self._below = np.searchsorted(boundaries, edges - width).astype(np.uint8)
         self._boundary = np.append(boundaries, np.float32(np.inf))
         self._level_of_cell = self.levels[np.searchsorted(boundaries, edges + width / 2)]
+
+    @property
+    def compiled(self) -> library.Nearest:
+        """The same tables for compiled code; valid as long as this object lives."""
+        return library.Nearest(
+            levels=self.levels.ctypes.data,
+            boundaries=self._boundary.ctypes.data,
+            below=self._below.ctypes.data,
+            level_of_cell=self._level_of_cell.ctypes.data,
+            cells_per_unit=self._cells_per_unit,
+            offset=self._offset,
+            n_levels=len(self.levels),
+            n_cells=CELLS,
+        )
 
     def codes(self, values: np.ndarray) -> np.ndarray:
         """Codes (uint8) of float32 ``values`` of any shape. NaN gives some valid code."""
