@@ -1,12 +1,17 @@
 """`tq doctor`: what tq finds on this machine, and what to do about it."""
 
+from __future__ import annotations
+
 import dataclasses
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tq.commands import options
 from tq.output import Output, render
+
+if TYPE_CHECKING:
+    from tq.engine.ops.selftest import KernelCheck
 
 EPILOG = options.examples("tq doctor", "tq doctor --kernels", "tq doctor --json")
 
@@ -14,7 +19,7 @@ EPILOG = options.examples("tq doctor", "tq doctor --kernels", "tq doctor --json"
 def doctor(
     *,
     kernels: Annotated[
-        bool, typer.Option("--kernels", help="Also show which backend runs each operation, and why the others do not.")
+        bool, typer.Option("--kernels", help="Also run each kernel: is it right, and how fast does it read weights.")
     ] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -35,13 +40,29 @@ def doctor(
         text += "\n\n" + "\n".join(fixes)
     healthy = all(finding.ok for finding in findings)
     if kernels and healthy:
-        from tq.engine.ops import matrix
+        from tq.engine.ops.selftest import check_kernels
 
-        document["kernels"] = matrix()
-        text += "\n\n" + render(document["kernels"], "table")
+        checks = list(out.follow(check_kernels(), "kernels"))
+        document["kernels"] = [dataclasses.asdict(check) for check in checks]
+        text += "\n\n" + render([_row(check) for check in checks], "table")
+        healthy = all(check.ok for check in checks)
     out.result(document, text)
     if not healthy:
         raise typer.Exit(1)
+
+
+def _row(check: KernelCheck) -> dict[str, str]:
+    share = "" if check.bandwidth_share is None else f"{check.bandwidth_share:.0%}"
+    return {
+        "": "ok" if check.ok else "FAIL",
+        "operation": check.operation,
+        "codes": check.codes,
+        "backend": check.backend,
+        "error": f"{check.error:.1e}",
+        "GB/s": "" if check.gb_s is None else f"{check.gb_s:.1f}",
+        "of memory": share,
+        "declined": "; ".join(f"{name}: {reason}" for name, reason in check.declined.items()),
+    }
 
 
 def mark(ok: bool, fix: str | None) -> str:

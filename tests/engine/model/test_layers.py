@@ -105,7 +105,7 @@ class TestRotation:
         """The activations that were rotated."""
         arrays = []
         rotate = ops.rotate
-        monkeypatch.setattr(ops, "rotate", lambda x, signs: arrays.append(x) or rotate(x, signs))
+        monkeypatch.setattr(ops, "rotate", lambda x, *rest: arrays.append(x) or rotate(x, *rest))
         return arrays
 
     @pytest.fixture

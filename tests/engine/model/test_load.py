@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from small_models import byte_tokenizer
 from tiny_models import build, write_checkpoint
 
+from tq.engine import ops
 from tq.engine.model import layers
 from tq.engine.model.architecture import parameters
 from tq.engine.model.load import activation_dtype, load, load_packed
@@ -110,8 +111,18 @@ def test_a_plain_folder(source, tmp_path):
     assert loaded.notes == []
 
 
-@pytest.mark.parametrize(("mode", "bits", "group_size"), [("affine", 4, 32), ("mxfp4", 4, 32)])
-def test_a_folder_quantized_by_mlx_lm(tmp_path, make_checkpoint, mode, bits, group_size):
+@pytest.fixture(params=[None, "there is no compiler"], ids=["kernels", "no kernels"])
+def kernels(request, monkeypatch):
+    """Whether the CPU kernels are there; if not, the reason."""
+    if request.param is not None:
+        monkeypatch.setattr(ops.cpu, "unavailable", lambda: request.param)
+    ops._select.cache_clear()
+    yield ops.cpu.unavailable() is None
+    ops._select.cache_clear()
+
+
+@pytest.mark.parametrize(("mode", "bits", "group_size"), [("affine", 4, 32), ("affine", 6, 32), ("mxfp4", 4, 32)])
+def test_a_folder_quantized_by_mlx_lm(tmp_path, make_checkpoint, kernels, mode, bits, group_size):
     from mlx_lm.models import llama
 
     folder = make_checkpoint(tmp_path / "m", "bfloat16")
@@ -123,7 +134,8 @@ def test_a_folder_quantized_by_mlx_lm(tmp_path, make_checkpoint, mode, bits, gro
     config["quantization"] = {"group_size": group_size, "bits": bits, "mode": mode}
     (folder / "config.json").write_text(json.dumps(config))
     loaded = load(str(with_tokenizer(folder)))
-    assert isinstance(loaded.model.model.layers[0].mlp.up_proj, nn.QuantizedLinear)
+    up = loaded.model.model.layers[0].mlp.up_proj
+    assert type(up) is (layers.QuantLinear if kernels and mode == "affine" else nn.QuantizedLinear)
     model.set_dtype(mx.float32)
     assert relative_error(logits(loaded.model), logits(model)) < 2e-2
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
@@ -193,26 +205,48 @@ def test_a_head_that_is_lost_is_missed(copy):
 # --- what it runs on ---
 
 
-def test_weights_are_decoded_once_where_memory_allows(converted, monkeypatch):
+def test_weights_in_memory_order_are_all_that_is_kept(converted, source):
+    if ops.cpu.unavailable() is not None:
+        pytest.skip("no CPU kernels here")
+    model, notes = load_packed(converted)
+    assert notes == []
+    packed = [m.packed for _, m in model.named_modules() if isinstance(m, layers.QuantModule)]
+    assert packed
+    for matrix in packed:
+        assert matrix.decoded is None
+        assert matrix.per_matrix_arrays == []
+        # Columns are padded to 64, and the codebook takes a kilobyte.
+        assert matrix.prepared.size_bytes < 1.2 * matrix.spec.size_bytes(matrix.shape) + 1500
+    names = {name for name, _ in tree_flatten(model.parameters())}
+    assert all(name.endswith("norm.weight") for name in names)
+
+
+@pytest.mark.parametrize("why", ["TQ_BACKEND=reference", "no fast kernel for these codes here (there is no compiler)"])
+def test_weights_are_decoded_once_where_memory_allows(converted, monkeypatch, why):
+    ops._select.cache_clear()
+    if why.startswith("TQ"):
+        monkeypatch.setenv("TQ_BACKEND", "reference")
+    else:
+        monkeypatch.setattr(ops.cpu, "unavailable", lambda: "there is no compiler")
     kept, notes = load_packed(converted)
-    assert notes == ["no fast kernel for these codes here: weights are decoded once and take 0.00 GB of memory"]
+    assert notes == [f"{why}: weights are decoded once and take 0.00 GB of memory"]
     assert kept.model.layers[0].mlp.up_proj.packed.decoded is not None
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     packed, notes = load_packed(converted)
-    assert notes == ["no fast kernel for these codes here: 0.0 GB of weights are decoded for every token"]
+    assert notes == [f"{why}: 0.0 GB of weights are decoded for every token"]
     assert packed.model.layers[0].mlp.up_proj.packed.decoded is None
     assert relative_error(logits(kept), logits(packed)) < 1e-6
+    ops._select.cache_clear()
 
 
 @pytest.mark.parametrize("codec", ["lloyd-max", "affine"])
 def test_the_reference_backend_gives_the_logits_of_the_chosen_one(source, tmp_path, monkeypatch, codec):
     run(source, tmp_path / "out", codec=codec, dtype="float32")
-    chosen, notes = load_packed(tmp_path / "out")
-    assert bool(notes) == (codec == "lloyd-max")  # MLX has kernels for affine
+    chosen, _ = load_packed(tmp_path / "out")
     expected = logits(chosen)
     monkeypatch.setenv("TQ_BACKEND", "reference")
     forced, notes = load_packed(tmp_path / "out")
-    assert notes
+    assert notes[0].startswith("TQ_BACKEND=reference: weights are decoded once")
     assert relative_error(logits(forced), expected) < 1e-5
 
 

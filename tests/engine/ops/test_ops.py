@@ -1,5 +1,6 @@
 """Operations: the reference against float64 NumPy, MLX's kernels against the reference, and the choice between them."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from tq.engine import ops
-from tq.engine.ops import native, reference
+from tq.engine.ops import cpu, native, reference
 from tq.engine.quantize import PackedTensor, QuantSpec, decode_rotated, encode
 from tq.engine.quantize.spec import CODEC_BITS, GROUP_SIZES
 from tq.errors import TQError, UsageError
@@ -187,39 +188,53 @@ class TestMLX:
         assert native.supports(op, pack(QuantSpec(), 8, 64), mx.float32) == "MLX has no kernel for lloyd-max codes"
 
 
+@pytest.fixture(params=[None, "there is no compiler"], ids=["kernels", "no kernels"])
+def kernels(request, monkeypatch):
+    """Whether the CPU kernels are there; if not, the reason."""
+    monkeypatch.setattr(cpu, "unavailable", lambda: request.param)
+    return request.param is None
+
+
 class TestChoice:
     affine, coded = QuantSpec("affine", 4, 32), QuantSpec("lloyd-max", 3, 32)
 
     def chosen(self, spec, op="matmul"):
         return ops.select(op, pack(spec, 8, 96), mx.float32).name
 
-    def test_the_first_backend_that_supports_the_codes_runs_them(self):
-        assert self.chosen(self.affine) == "mlx"
-        assert self.chosen(self.coded) == "reference"
+    @pytest.mark.parametrize("value", ["auto", "", None])
+    def test_the_first_backend_that_supports_the_codes_runs_them(self, monkeypatch, kernels, value):
+        if value is not None:
+            monkeypatch.setenv("TQ_BACKEND", value)
+        assert self.chosen(self.affine) == ("cpu" if kernels else "mlx")
+        assert self.chosen(self.coded) == ("cpu" if kernels else "reference")
         assert ops.select("matmul", held(pack(self.affine, 8, 96)), mx.float32) is reference
 
-    @pytest.mark.parametrize("value", ["auto", ""])
-    def test_auto_is_the_default(self, monkeypatch, value):
-        monkeypatch.setenv("TQ_BACKEND", value)
-        assert self.chosen(self.affine) == "mlx"
-
-    def test_a_forced_backend_runs_what_another_would(self, monkeypatch):
-        assert self.chosen(self.affine) == "mlx"
-        monkeypatch.setenv("TQ_BACKEND", "reference")
-        assert self.chosen(self.affine) == "reference"
+    def test_a_forced_backend_runs_what_another_would(self, monkeypatch, kernels):
+        for name in ("mlx", "reference"):
+            monkeypatch.setenv("TQ_BACKEND", name)
+            assert self.chosen(self.affine) == name
 
     @pytest.mark.parametrize("op", ops.OPS)
-    def test_a_forced_backend_that_declines_is_an_error_with_its_reason(self, monkeypatch, op):
-        monkeypatch.setenv("TQ_BACKEND", "mlx")
+    @pytest.mark.parametrize(
+        ("name", "reason"), [("mlx", "MLX has no kernel for lloyd-max codes"), ("cpu", "there is no compiler")]
+    )
+    def test_a_forced_backend_that_declines_is_an_error_with_its_reason(self, monkeypatch, op, name, reason):
+        monkeypatch.setattr(cpu, "unavailable", lambda: "there is no compiler")
+        monkeypatch.setenv("TQ_BACKEND", name)
         with pytest.raises(TQError) as error:
             self.chosen(self.coded, op)
-        message = f"no backend runs {op} on lloyd-max 3-bit g32 (mlx: MLX has no kernel for lloyd-max codes)"
+        message = f"no backend runs {op} on lloyd-max 3-bit g32 ({name}: {reason})"
         assert (error.value.message, error.value.hint) == (message, "unset TQ_BACKEND")
 
     def test_an_unknown_backend_is_refused_with_the_valid_names(self, monkeypatch):
         monkeypatch.setenv("TQ_BACKEND", "cuda")
-        with pytest.raises(UsageError, match="TQ_BACKEND=cuda is not one of auto, mlx, reference"):
+        with pytest.raises(UsageError, match="TQ_BACKEND=cuda is not one of auto, cpu, mlx, reference"):
             self.chosen(self.affine)
+
+    @pytest.mark.parametrize("forced", ["auto", "reference"])
+    def test_what_was_prepared_for_a_backend_runs_there(self, monkeypatch, forced):
+        monkeypatch.setenv("TQ_BACKEND", forced)
+        assert ops.select("matmul", replace(pack(self.coded, 8, 96), prepared=object()), mx.float32) is cpu
 
     def test_each_backend_is_asked_about_the_matrix_at_hand(self, monkeypatch):
         asked = []
@@ -258,15 +273,11 @@ class TestChoice:
         assert calls[2][1:] == (ids, packed, mx.float16)
 
 
-def test_matrix_tells_for_every_operation_who_runs_it_and_why_others_do_not():
-    records = ops.matrix()
-    codes = {record["codes"] for record in records}
-    assert {(r["operation"], r["codes"]) for r in records} == {(op, code) for op in ops.OPS for code in codes}
-    assert len(records) == len(ops.OPS) * len(codes)
-    for record in records:
-        if record["codes"].startswith("affine"):
-            assert (record["backend"], record["declined"]) == ("mlx", "")
-        else:
-            codec = record["codes"].split()[0]
-            assert record["backend"] == "reference"
-            assert record["declined"] == f"mlx: MLX has no kernel for {codec} codes"
+def test_explain_tells_who_runs_an_operation_and_why_others_do_not(kernels):
+    for codec, bits in (("lloyd-max", 3), ("ternary", 0), ("affine", 4)):
+        backend, declined = ops.explain("matmul", PackedTensor(QuantSpec(codec, bits), (64, 128), {}), mx.float32)
+        assert backend.name == ("cpu" if kernels else "mlx" if codec == "affine" else "reference")
+        expected = {} if kernels else {"cpu": "there is no compiler"}
+        if not kernels and codec != "affine":
+            expected["mlx"] = f"MLX has no kernel for {codec} codes"
+        assert declined == expected

@@ -1,9 +1,12 @@
 """Modules over packed arrays: what mlx-lm's Linear, Embedding, SwitchLinear and MultiLinear become. Thin, over ops."""
 
+from typing import cast
+
 import mlx.core as mx
 import mlx.nn as nn
 
 from tq.engine import ops
+from tq.engine.ops.prepared import Prepared, PreparedRotation
 from tq.engine.quantize import PackedTensor, decode_rotated
 from tq.engine.quantize.packed import SHARED
 
@@ -18,17 +21,23 @@ class Rotation:
 
     def __init__(self, signs: mx.array):
         self.signs = signs
+        self.prepared: PreparedRotation | None = None
         self._last: tuple[mx.array, mx.array] | None = None
+
+    def prepare(self) -> None:
+        """From now on, rotate by the CPU kernels."""
+        if self.prepared is None:
+            self.prepared = ops.cpu.prepare_rotation(self.signs)
 
     def __call__(self, x: mx.array) -> mx.array:
         last = self._last
         if last is None or last[0] is not x:
-            last = (x, ops.rotate(x, self.signs))
+            last = (x, ops.rotate(x, self.signs, self.prepared))
             self._last = last
         return last[1]
 
     def inverse(self, y: mx.array) -> mx.array:
-        return ops.unrotate(y, self.signs)
+        return ops.unrotate(y, self.signs, self.prepared)
 
 
 class _Hidden:
@@ -38,6 +47,8 @@ class _Hidden:
         self.shape = tuple(packed.shape)
         self.shared = {k: v for k, v in packed.arrays.items() if k in SHARED}
         self.decoded: mx.array | None = None
+        self.prepared: PackedTensor | None = None  # the matrix in the memory order of the CPU kernels
+        self.has_bias = False  # whether products with it contain the bias
 
 
 class QuantModule(nn.Module):
@@ -47,7 +58,12 @@ class QuantModule(nn.Module):
         packed: The matrix, (..., out, in).
         rotation: The rotation of its inputs, or None. Modules with equal signs should share one.
         bias: (..., out) or None.
+
+    Attributes:
+        op: The operation of tq.engine.ops that it is.
     """
+
+    op = "matmul"
 
     def __init__(self, packed: PackedTensor, rotation: Rotation | None, bias: mx.array | None = None):
         super().__init__()
@@ -62,8 +78,15 @@ class QuantModule(nn.Module):
 
     @property
     def packed(self) -> PackedTensor:
+        if self.hidden.prepared is not None:
+            return self.hidden.prepared
         stored = {name: array for name, array in self.items() if name != "bias"}
         return PackedTensor(self.spec, self.hidden.shape, stored | self.hidden.shared, self.hidden.decoded)
+
+    @property
+    def prepared(self) -> Prepared | None:
+        """The matrix in the memory order of the CPU kernels, if ``prepare`` was called."""
+        return cast(Prepared | None, self.packed.prepared)
 
     @property
     def dense_shape(self) -> tuple[int, ...]:
@@ -73,6 +96,21 @@ class QuantModule(nn.Module):
     def keep_decoded(self, dtype: mx.Dtype) -> None:
         """Hold the dense weight in memory, for a backend that would decode it for every token."""
         self.hidden.decoded = decode_rotated(self.packed, dtype)
+
+    def prepare(self) -> None:
+        """Put the weight into the memory order of the CPU kernels, and release the stored arrays."""
+        packed, bias = self.packed, self.get("bias")
+        self.hidden.prepared = ops.cpu.prepare(packed, bias)
+        self.hidden.has_bias = bias is not None
+        for name in packed.per_matrix_arrays:
+            self.pop(name)
+        if self.rotation is not None:
+            self.rotation.prepare()
+
+    @property
+    def adds_bias(self) -> bool:
+        """Whether the module itself adds a bias to the product."""
+        return "bias" in self and not self.hidden.has_bias
 
     def rotate(self, x: mx.array) -> mx.array:
         return x if self.rotation is None else self.rotation(x)
@@ -89,7 +127,7 @@ class QuantLinear(QuantModule):
 
     def __call__(self, x: mx.array) -> mx.array:
         y = ops.matmul(self.rotate(x), self.packed)
-        return y + self.bias if "bias" in self else y
+        return y + self.bias if self.adds_bias else y
 
 
 class QuantEmbedding(QuantModule):
@@ -113,6 +151,8 @@ class QuantEmbedding(QuantModule):
 class QuantSwitchLinear(QuantModule):
     """mlx-lm's ``SwitchLinear``: x (..., 1, in) and the expert of each row -> (..., 1, out)."""
 
+    op = "gather_matmul"
+
     @property
     def input_dims(self) -> int:
         return self.dense_shape[2]
@@ -127,7 +167,7 @@ class QuantSwitchLinear(QuantModule):
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         y = ops.gather_matmul(self.rotate(x), self.packed, indices, sorted_indices)
-        return y + mx.expand_dims(self.bias[indices], -2) if "bias" in self else y
+        return y + mx.expand_dims(self.bias[indices], -2) if self.adds_bias else y
 
 
 class QuantMultiLinear(QuantModule):

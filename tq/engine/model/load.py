@@ -11,8 +11,9 @@ import mlx.nn as nn
 import psutil
 from mlx.utils import tree_unflatten
 
+from tq.cpu import build
 from tq.engine import ops
-from tq.engine.model import formats, hub, layers, turboquant
+from tq.engine.model import formats, hub, layers, native, native_affine, turboquant
 from tq.engine.model.architecture import build_model, outline, parameters
 from tq.engine.model.roles import matrices
 from tq.engine.model.sources import OWN_MODES, FolderSource, GGUFSource, quantization_mode
@@ -65,7 +66,7 @@ def load(model: str, *, revision: str | None = None, trust_remote_code: bool = F
     else:
         network, notes = _load_mlx_lm(source, trust_remote_code)
     tokenizer = _load_tokenizer(path, source.config, trust_remote_code)
-    return LoadedModel(network, tokenizer, source.config, path, notes, size)
+    return LoadedModel(network, tokenizer, source.config, path, notes + build.notes(), size)
 
 
 def load_packed(path: Path, trust_remote_code: bool = False) -> tuple[nn.Module, list[str]]:
@@ -92,12 +93,14 @@ def _load_packed(source: FolderSource, trust_remote_code: bool) -> tuple[nn.Modu
             raise TQError(f"{path}: {name} has shape {weights[name].shape}, the model wants {shape}", formats.DAMAGED)
     dtype, notes = activation_dtype(_stored_dtype(config, weights))
     replaced = _modules(packed, {p: m.kind for p, m in found.items()}, weights, dtype)
+    del packed  # the modules alone hold the arrays, so that they can let go of them
     model.update_modules(tree_unflatten(list(replaced.items())))
     # Biases of packed matrices are in their modules already.
-    model.load_weights([(name, _cast(weights[name], dtype)) for name in dense if name in weights], strict=False)
+    model.load_weights([(name, _cast(weights.pop(name), dtype)) for name in dense if name in weights], strict=False)
     model.eval()
-    notes += _keep_decoded(replaced, dtype)
-    _evaluate(model, replaced)
+    notes += _prepare(replaced, dtype)
+    mx.eval(model.parameters())
+    native.accelerate(model)
     return model, notes
 
 
@@ -157,31 +160,36 @@ def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
     return array.astype(dtype) if array.dtype in HALF else array
 
 
-def _keep_decoded(modules: dict[str, layers.QuantModule], dtype: mx.Dtype) -> list[str]:
-    """Hold dense weights where the reference backend would decode them for every token, if memory allows."""
-    slow = [
-        module
-        for module in modules.values()
-        if ops.select(
-            "gather_matmul" if isinstance(module, layers.QuantSwitchLinear) else "matmul", module.packed, dtype
-        )
-        is ops.reference
-    ]
+def _prepare(modules: dict[str, layers.QuantModule], dtype: mx.Dtype) -> list[str]:
+    """Read the weights, and let them be what their backends want: in memory order, decoded, or as they are stored.
+
+    One at a time, the largest first, so that what is read and what is made of it are in memory together only once.
+    """
+    backends = {path: ops.select(module.op, module.packed, dtype) for path, module in modules.items()}
+    slow = [modules[path] for path, backend in backends.items() if backend is ops.reference]
     size = sum(dtype.size * prod(module.dense_shape) for module in slow)
+    keep = size <= psutil.virtual_memory().available // 2
+    for path in sorted(modules, key=lambda path: -modules[path].packed.size_bytes):
+        module = modules[path]
+        if backends[path] is ops.cpu:
+            module.prepare()
+        elif backends[path] is ops.reference and keep:
+            module.keep_decoded(dtype)
+        mx.eval(module.parameters(), module.hidden.shared, module.hidden.decoded)
     if not slow:
         return []
-    if size > psutil.virtual_memory().available // 2:
-        return [f"no fast kernel for these codes here: {size / 1e9:.1f} GB of weights are decoded for every token"]
-    for module in slow:
-        module.keep_decoded(dtype)
-    return [f"no fast kernel for these codes here: weights are decoded once and take {size / 1e9:.2f} GB of memory"]
+    why = _why_slow(slow[0], dtype)
+    if not keep:
+        return [f"{why}: {size / 1e9:.1f} GB of weights are decoded for every token"]
+    return [f"{why}: weights are decoded once and take {size / 1e9:.2f} GB of memory"]
 
 
-def _evaluate(model: nn.Module, modules: dict[str, layers.QuantModule]) -> None:
-    """Read the weights, module by module, so that what is read is dropped before the next."""
-    for module in modules.values():
-        mx.eval(module.parameters(), module.hidden.shared, module.hidden.decoded)
-    mx.eval(model.parameters())
+def _why_slow(module: layers.QuantModule, dtype: mx.Dtype) -> str:
+    """Why the reference backend runs a module."""
+    if ops.forced_backend() == ops.reference.name:
+        return f"TQ_BACKEND={ops.reference.name}"
+    question = PackedTensor(module.spec, module.dense_shape, {})
+    return f"no fast kernel for these codes here ({ops.cpu.supports(module.op, question, dtype)})"
 
 
 def _load_gguf(path: Path, name: str) -> LoadedModel:
@@ -198,11 +206,12 @@ def _load_gguf(path: Path, name: str) -> LoadedModel:
         mx.eval(weights[-1][1])
     found.model.load_weights(weights)
     found.model.eval()
+    native.accelerate(found.model)
     with tempfile.TemporaryDirectory() as folder:
         source.copy_side_files(Path(folder))
         tokenizer = _load_tokenizer(Path(folder), source.config, False)
     size = sum(header.size_bytes for header in source.headers.values())
-    return LoadedModel(found.model, tokenizer, source.config, path, notes + found.notes, size)
+    return LoadedModel(found.model, tokenizer, source.config, path, notes + found.notes + build.notes(), size)
 
 
 def _load_mlx_lm(source: FolderSource, trust_remote_code: bool) -> tuple[nn.Module, list[str]]:
@@ -216,11 +225,14 @@ def _load_mlx_lm(source: FolderSource, trust_remote_code: bool) -> tuple[nn.Modu
         raise TQError(f"mlx-lm cannot load {path}: {str(error).splitlines()[0]}") from error
     halves = {array.dtype for array in parameters(model).values() if array.dtype in HALF}
     notes: list[str] = []
+    dtype = mx.float32
     if halves:
         dtype, notes = activation_dtype(halves.pop())
-        if dtype not in HALF:
-            model.update(tree_unflatten([(name, _cast(a, dtype)) for name, a in parameters(model).items()]))
+    native_affine.adopt(model, dtype)
+    if dtype not in HALF:
+        model.update(tree_unflatten([(name, _cast(a, dtype)) for name, a in parameters(model).items()]))
     mx.eval(model.parameters())
+    native.accelerate(model)
     return model, notes
 
 

@@ -123,11 +123,16 @@ def _kept(model: nn.Module, path: str, module: nn.Module) -> str | None:
     """Why a matrix is never quantized, or None. Architectures of mlx-lm name modules that must stay as they are."""
     if min(module.weight.shape[-2:]) < MIN_FEATURES:
         return TOO_SMALL
-    architecture = type(model).__module__.rpartition(".")[2]
-    if any(fnmatch.fnmatchcase(path, pattern) for pattern in _READ_DIRECTLY.get(architecture, ())):
+    if is_read_directly(model, path):
         return NOT_CALLED
     predicate = getattr(model, "quant_predicate", None)
     return VETOED if predicate is not None and predicate(path, module) is False else None
+
+
+def is_read_directly(model: nn.Module, path: str) -> bool:
+    """Whether the architecture multiplies with the weight of a module without calling the module."""
+    architecture = type(model).__module__.rpartition(".")[2]
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in _READ_DIRECTLY.get(architecture, ()))
 
 
 @dataclass(frozen=True)

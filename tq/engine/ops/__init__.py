@@ -1,7 +1,7 @@
 """Operations on packed arrays, and the choice of the backend that runs each one.
 
 ``TQ_BACKEND`` forces a backend; one that declines then is an error. Otherwise the first backend that supports the
-operation runs it, and ``matrix`` tells why the others did not.
+operation runs it, and ``explain`` tells why the others did not.
 """
 
 import os
@@ -10,14 +10,14 @@ from types import ModuleType
 
 import mlx.core as mx
 
-from tq.engine.ops import native, reference
-from tq.engine.quantize import PackedTensor, QuantSpec
-from tq.engine.quantize.rotation import rotate, unrotate
+from tq.engine.ops import cpu, native, reference
+from tq.engine.ops.prepared import PreparedRotation
+from tq.engine.quantize import PackedTensor, QuantSpec, rotation
 from tq.errors import TQError, UsageError
 
-__all__ = ["BACKENDS", "OPS", "embed", "gather_matmul", "matmul", "matrix", "rotate", "unrotate"]
+__all__ = ["BACKENDS", "OPS", "embed", "explain", "gather_matmul", "matmul", "rotate", "unrotate"]
 
-BACKENDS: tuple[ModuleType, ...] = (native, reference)  # in order of preference
+BACKENDS: tuple[ModuleType, ...] = (cpu, native, reference)  # in order of preference
 OPS = ("matmul", "gather_matmul", "embed")
 
 
@@ -31,7 +31,13 @@ def forced_backend() -> str:
 
 
 def select(op: str, packed: PackedTensor, dtype: mx.Dtype) -> ModuleType:
-    """The backend that runs ``op``. Raises TQError with every reason when the forced one declines."""
+    """The backend that runs ``op``: the one that a matrix was prepared for, or the first that supports it.
+
+    Raises:
+        TQError: The backend that TQ_BACKEND asks for declines. It has every reason.
+    """
+    if packed.prepared is not None:
+        return cpu
     return _select(op, packed.spec, packed.shape, packed.decoded is not None, dtype, forced_backend())
 
 
@@ -50,6 +56,16 @@ def _select(
     raise TQError(f"no backend runs {op} on {spec.label()} ({'; '.join(reasons)})", "unset TQ_BACKEND")
 
 
+def rotate(x: mx.array, signs: mx.array, prepared: PreparedRotation | None = None) -> mx.array:
+    """y = H (signs * x) along the last axis; ``prepared`` is the same rotation for the backend cpu."""
+    return rotation.rotate(x, signs) if prepared is None else cpu.rotate(x, prepared)
+
+
+def unrotate(y: mx.array, signs: mx.array, prepared: PreparedRotation | None = None) -> mx.array:
+    """The inverse of ``rotate``."""
+    return rotation.unrotate(y, signs) if prepared is None else cpu.unrotate(y, prepared)
+
+
 def matmul(x: mx.array, packed: PackedTensor, transpose: bool = True) -> mx.array:
     """x @ W^T (x rotated), or x @ W. See ``reference.matmul``."""
     return select("matmul", packed, x.dtype).matmul(x, packed, transpose)
@@ -65,21 +81,12 @@ def embed(ids: mx.array, packed: PackedTensor, dtype: mx.Dtype) -> mx.array:
     return select("embed", packed, dtype).embed(ids, packed, dtype)
 
 
-def matrix(dtype: mx.Dtype = mx.float16) -> list[dict[str, str]]:
-    """One record per operation and kind of code: the backend that runs it, and why each other one declines."""
-    specs = [QuantSpec(bits=b) for b in (2, 3, 4, 8)] + [QuantSpec("ternary", 0), QuantSpec("affine", 4)]
-    records = []
-    for op in OPS:
-        for spec in specs:
-            question = PackedTensor(spec, (64, 128) if op != "gather_matmul" else (4, 64, 128), {})
-            declined = {b.name: reason for b in BACKENDS if (reason := b.supports(op, question, dtype)) is not None}
-            chosen = next(b.name for b in BACKENDS if b.name not in declined)
-            records.append(
-                {
-                    "operation": op,
-                    "codes": spec.label(),
-                    "backend": chosen,
-                    "declined": "; ".join(f"{name}: {reason}" for name, reason in declined.items()),
-                }
-            )
-    return records
+def explain(op: str, packed: PackedTensor, dtype: mx.Dtype) -> tuple[ModuleType, dict[str, str]]:
+    """The backend that ``TQ_BACKEND=auto`` chooses, and why each one preferred to it declines."""
+    declined: dict[str, str] = {}
+    for backend in BACKENDS:
+        reason = backend.supports(op, packed, dtype)
+        if reason is None:
+            return backend, declined
+        declined[backend.name] = reason
+    raise AssertionError("the reference runs everything")

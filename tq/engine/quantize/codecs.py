@@ -107,6 +107,8 @@ def _check_range(values: np.ndarray) -> None:
 
 def decode_rotated(packed: PackedTensor, dtype: mx.Dtype = mx.float32) -> mx.array:
     """The dense matrix in the basis in which it is stored, (..., out, in): multiply it with rotated activations."""
+    if packed.prepared is not None:
+        return packed.prepared.decode().astype(dtype)
     return CODECS[packed.spec.codec].decode(packed, dtype)
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from math import prod
+from typing import Protocol
 
 import mlx.core as mx
 
@@ -22,6 +23,13 @@ class ArrayLayout:
         return prod(self.shape) * self.dtype.size
 
 
+class OwnOrder(Protocol):
+    """A matrix in a memory order of a backend's own."""
+
+    def decode(self) -> mx.array:
+        """The dense matrix in the rotated basis, float32 (..., out, in)."""
+
+
 @dataclass(frozen=True)
 class PackedTensor:
     """One quantized matrix.
@@ -32,12 +40,14 @@ class PackedTensor:
         arrays: ``weight`` (uint32) and ``scales``, and as the codec needs ``biases``, ``codebook``, ``signs``,
             ``qjl_packed``, ``qjl_norms``, ``qjl_signs``. Those in SHARED may serve many matrices.
         decoded: The dense matrix in the rotated basis, where a slow backend keeps it in memory.
+        prepared: The matrix as one backend reads it, which then has it in place of the arrays that are not SHARED.
     """
 
     spec: QuantSpec
     shape: tuple[int, ...]
     arrays: dict[str, mx.array]
     decoded: mx.array | None = None
+    prepared: OwnOrder | None = None
 
     @property
     def per_matrix_arrays(self) -> list[str]:

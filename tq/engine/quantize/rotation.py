@@ -36,7 +36,7 @@ def random_signs(n: int, seed: int = 0) -> np.ndarray:
 
 
 @lru_cache
-def _transposed_hadamard(m: int) -> np.ndarray:
+def transposed_hadamard(m: int) -> np.ndarray:
     """H_m^T for m = 12, 20, 28, orthonormal: the rows of an identity, transformed, are the columns of H_m.
 
     On the CPU, because MLX's Metal kernel fails for these sizes in releases before mlx pull request 4054.
@@ -54,7 +54,7 @@ def rotate(x: mx.array, signs: mx.array) -> mx.array:
         return x
     blocks = x if block == n else x.reshape(*x.shape[:-1], n // block, block)
     if block in HADAMARD_FACTORS:
-        y = blocks @ mx.array(_transposed_hadamard(block)).astype(x.dtype)
+        y = blocks @ mx.array(transposed_hadamard(block)).astype(x.dtype)
     else:
         y = mx.hadamard_transform(blocks)
     return y.reshape(x.shape)
@@ -75,6 +75,6 @@ def unrotate(y: mx.array, signs: mx.array) -> mx.array:
         if block // m > 1:
             x = mx.hadamard_transform(x)
         if m > 1:
-            x = mx.array(_transposed_hadamard(m)).astype(y.dtype) @ x
+            x = mx.array(transposed_hadamard(m)).astype(y.dtype) @ x
         x = x.reshape(y.shape)
     return x * signs.astype(y.dtype)
