@@ -18,6 +18,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but results, warnings and errors.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also say why each choice was made.")]
 
+KVBits = Annotated[
+    str | None,
+    typer.Option("--kv-bits", metavar="K,V", help="Keep keys and values in so many bits: 8,4, or one number for both."),
+]
+
 # Sampling. None means: what the model's generation_config.json says, else greedy. Ranges are checked by the engine.
 MaxTokens = Annotated[
     int, typer.Option("--max-tokens", "-n", metavar="N", help="Most tokens to generate.", show_default=True)

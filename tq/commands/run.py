@@ -40,6 +40,7 @@ def run(
     repetition_context: options.RepetitionContext = 64,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    kv_bits: options.KVBits = None,
     stats: Annotated[bool, typer.Option("--stats", help="Say how fast it was and what memory it took.")] = False,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -57,6 +58,7 @@ def run(
     from tq.cpu import blas
 
     out.detail(f"BLAS: {blas.enable().reason}")
+    from tq.engine.cache.packed import KVBits
     from tq.engine.model.load import load
     from tq.engine.run.generate import Finished, GenerateOptions, encode_prompt, generate, prompt_notes
 
@@ -72,6 +74,7 @@ def run(
         seed=seed,
         stop=tuple(stop or ()),
     )
+    bits = None if kv_bits is None else KVBits.parse(kv_bits)
     loaded = load(model, revision=revision, trust_remote_code=trust_remote_code)
     asked = prompt_notes(loaded.tokenizer, raw=raw, think=not no_think)
     for message in [*loaded.notes, *(note.message for note in asked)]:
@@ -80,7 +83,7 @@ def run(
 
     answer = ""
     try:
-        for event in generate(loaded, tokens, chosen):
+        for event in generate(loaded, tokens, chosen, bits):
             if isinstance(event, Finished):
                 finished = event
                 continue

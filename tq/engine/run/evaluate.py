@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
+from tq.engine.cache.packed import KVBits
 from tq.engine.events import Progress
-from tq.engine.run.generate import bos_tokens, context_length
+from tq.engine.run.generate import bos_tokens, context_length, prompt_cache
 from tq.errors import TQError, UsageError
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def evaluate(
     samples: int | None = None,
     reference: LoadedModel | None = None,
     batch_size: int = 1,
+    kv_bits: KVBits | None = None,
     data: str = "text",
 ) -> Iterator[Progress | EvalResult]:
     """Measure a model on a text, window by window; the last event is the EvalResult.
@@ -103,6 +105,7 @@ def evaluate(
         samples: Number of windows, from the beginning of the text; None takes all.
         reference: A model with the same tokenizer, resident at the same time.
         batch_size: Windows in one forward pass; each model then holds batch_size * seq_len * vocabulary logits.
+        kv_bits: Keep the model's keys and values packed, in so many bits; then batch_size is 1.
         data: The text's name in the result.
 
     Raises:
@@ -127,18 +130,28 @@ def evaluate(
         windows = windows[:samples]
     if reference is not None:
         _check_same_tokenizer(loaded.tokenizer, reference.tokenizer, text)
-    return _events(loaded, windows, reference, batch_size, data)
+    if kv_bits is not None and batch_size != 1:
+        raise UsageError(f"batch_size must be 1 with packed keys and values, not {batch_size}")
+    return _events(loaded, windows, reference, batch_size, kv_bits, data)
 
 
 def _events(
-    loaded: LoadedModel, windows: np.ndarray, reference: LoadedModel | None, batch_size: int, data: str
+    loaded: LoadedModel,
+    windows: np.ndarray,
+    reference: LoadedModel | None,
+    batch_size: int,
+    kv_bits: KVBits | None,
+    data: str,
 ) -> Iterator[Progress | EvalResult]:
     scores: list[dict[str, np.ndarray]] = []
     yield Progress(0, len(windows), "windows", "evaluate")
     for start in range(0, len(windows), batch_size):
         batch = mx.array(windows[start : start + batch_size])
         inputs, targets = batch[:, :-1], batch[:, 1:]
-        logits = loaded.model(inputs)
+        if kv_bits is None:
+            logits = loaded.model(inputs)
+        else:
+            logits = loaded.model(inputs, cache=prompt_cache(loaded.model, kv_bits))
         reference_logits = None
         if reference is not None:
             reference_logits = reference.model(inputs)

@@ -1,23 +1,28 @@
-"""A prompt in, a stream of tokens out: the chat template, and the one loop around mlx-lm's generate_step."""
+"""A prompt in, a stream of tokens out: the chat template, and what happens around each token."""
 
 from __future__ import annotations
 
 import json
 import re
+import resource
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import mlx.core as mx
+import mlx.nn as nn
 
+from tq.engine.cache.packed import KVBits, pack_caches
 from tq.engine.events import Note
+from tq.engine.run import decode
 from tq.engine.run.sampling import (
     GenerateOptions,
     generation_config,
     logits_processors,
     resolve_options,
-    token_sampler,
+    token_picker,
 )
 from tq.errors import TQError, UsageError
 
@@ -127,16 +132,22 @@ def context_length(config: dict) -> int | None:
 
 
 def generate(
-    loaded: LoadedModel, prompt_tokens: Sequence[int], options: GenerateOptions | None = None
+    loaded: LoadedModel,
+    prompt_tokens: Sequence[int],
+    options: GenerateOptions | None = None,
+    kv_bits: KVBits | None = None,
 ) -> Iterator[Token | Finished]:
     """Continue a prompt, one event per token, then one Finished.
 
     The text of all tokens joined is the answer: only whole characters, and nothing of a stop string.
     Closing the iterator early (Ctrl-C) stops the model and gives its memory back.
 
+    Args:
+        kv_bits: Keep keys and values packed, in so many bits; None keeps them in float16 or as the model has them.
+
     Raises:
         UsageError: No prompt tokens.
-        TQError: The prompt does not fit the model's context, or generation_config.json is wrong.
+        TQError: The prompt does not fit the model's context, generation_config.json is wrong, or nothing can be packed.
     """
     options, _ = resolve_options(loaded, options or GenerateOptions())
     if len(prompt_tokens) == 0:
@@ -151,13 +162,24 @@ def generate(
                 hint="shorten the prompt, or choose a model with a longer context",
             )
         limit = min(limit, context - len(prompt_tokens))
-    return _events(loaded, list(prompt_tokens), options, limit)
+    return _events(loaded, list(prompt_tokens), options, limit, prompt_cache(loaded.model, kv_bits))
+
+
+def prompt_cache(model: nn.Module, kv_bits: KVBits | None) -> list[Any]:
+    """An empty cache for each layer.
+
+    Raises:
+        TQError: It cannot be packed.
+    """
+    from mlx_lm.models.cache import make_prompt_cache
+
+    caches = make_prompt_cache(model)
+    return caches if kv_bits is None else pack_caches(caches, kv_bits)
 
 
 def _events(
-    loaded: LoadedModel, prompt_tokens: list[int], options: GenerateOptions, limit: int
+    loaded: LoadedModel, prompt_tokens: list[int], options: GenerateOptions, limit: int, cache: list[Any]
 ) -> Iterator[Token | Finished]:
-    from mlx_lm.generate import generate_step, generation_stream
     from mlx_lm.utils import maybe_set_recommended_wired_limit
 
     end_ids = _end_ids(loaded)
@@ -170,15 +192,16 @@ def _events(
     mx.reset_peak_memory()
     wired_limit = maybe_set_recommended_wired_limit()
     start = prefilled = time.perf_counter()
-    steps = generate_step(
-        mx.array(prompt_tokens),
+    steps = decode.steps(
         loaded.model,
-        max_tokens=limit,
-        sampler=token_sampler(options, len(loaded.tokenizer)),
-        logits_processors=logits_processors(options, len(prompt_tokens), end_ids),
+        prompt_tokens,
+        limit,
+        cache,
+        logits_processors(options, len(prompt_tokens), end_ids),
+        token_picker(options, len(loaded.tokenizer)),
     )
     try:
-        for token_id, logprobs in steps:
+        for token_id, logprob in steps:
             count += 1
             if count == 1:
                 prefilled = time.perf_counter()
@@ -198,13 +221,11 @@ def _events(
                     reason, last = "stop", True
                 elif last:
                     text += stops.held
-            yield Token(text, token_id, logprobs[token_id].item())
+            yield Token(text, token_id, logprob)
             if last:
                 break
     finally:
-        # generate_step works one token ahead and leaves its stream as the default until it is closed.
-        steps.close()
-        mx.synchronize(generation_stream)
+        mx.synchronize()  # the loop works one token ahead
         if wired_limit is not None:
             mx.set_wired_limit(wired_limit)
     prefill_seconds, decode_seconds = prefilled - start, time.perf_counter() - prefilled
@@ -216,8 +237,16 @@ def _events(
         decode_seconds=decode_seconds,
         prefill_tokens_per_second=len(prompt_tokens) / prefill_seconds,
         decode_tokens_per_second=(count - 1) / decode_seconds if count > 1 else 0.0,
-        peak_memory_bytes=mx.get_peak_memory(),
+        peak_memory_bytes=_peak_memory_bytes(),
     )
+
+
+def _peak_memory_bytes() -> int:
+    """On a GPU, of MLX's arrays in this answer; on a CPU, of the process: kernels' weights are no arrays."""
+    if mx.default_device() != mx.Device(mx.cpu):
+        return mx.get_peak_memory()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class _StopFilter:

@@ -1,4 +1,4 @@
-"""How the next token is chosen: the options, where their values come from, and mlx-lm's samplers for them."""
+"""How the next token is chosen: the options, where their values come from, and the samplers for them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from tq.cpu import lazy, library
+from tq.engine.run.decode import Picker, Processor
 from tq.errors import TQError, UsageError
 
 if TYPE_CHECKING:
@@ -109,21 +111,43 @@ def resolve_options(loaded: LoadedModel, options: GenerateOptions) -> tuple[Gene
     return dataclasses.replace(options, **values), sources
 
 
-def token_sampler(options: GenerateOptions, vocab_size: int):
-    """mlx-lm's sampler for resolved options: log-probabilities (1, vocab) to token ids (1,)."""
+def token_picker(options: GenerateOptions, vocab_size: int) -> Picker:
+    """Resolved options as a function: logits (1, vocab) to a token (1,) and its log-probability (1,)."""
+    if mx.default_device() == mx.Device(mx.cpu) and library.state().active:
+        return _native_picker(options)
     from mlx_lm.sample_utils import make_sampler
 
     # mlx-lm refuses a top_k of the whole vocabulary or more, which means the same as no top_k.
     top_k = options.top_k if (options.top_k or 0) < vocab_size else 0
-    return make_sampler(temp=options.temp, top_p=options.top_p, min_p=options.min_p, top_k=top_k)
+    sampler = make_sampler(temp=options.temp, top_p=options.top_p, min_p=options.min_p, top_k=top_k)
+
+    def pick(logits: mx.array) -> tuple[mx.array, mx.array]:
+        logits = logits.astype(mx.float32)  # half precision would round a log-probability of -10 by up to 0.03
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        token = sampler(logprobs)
+        return token, mx.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
+
+    return pick
 
 
-def logits_processors(options: GenerateOptions, prompt_length: int, end_ids: set[int]) -> list:
+def _native_picker(options: GenerateOptions) -> Picker:
+    params = library.SampleParams(options.temp, options.top_p, options.min_p, options.top_k)
+    zero = mx.zeros((1,))
+
+    def pick(logits: mx.array) -> tuple[mx.array, mx.array]:
+        uniform = mx.random.uniform(shape=(1,)) if options.temp else zero
+        outputs = [((1,), mx.uint32), ((1,), mx.float32)]
+        token, logprob = lazy.call("tq_sample", params, [logits.astype(mx.float32), uniform], outputs)
+        return token, logprob
+
+    return pick
+
+
+def logits_processors(options: GenerateOptions, prompt_length: int, end_ids: set[int]) -> list[Processor]:
     """Functions (tokens so far, logits (1, vocab)) -> logits, in the order of their application."""
     from mlx_lm.sample_utils import make_logits_processors
 
-    # Half precision would round a log-probability of -10 by up to 0.03.
-    processors = [lambda tokens, logits: logits.astype(mx.float32)]
+    processors: list[Processor] = []
     if options.repetition_penalty != 1:
         processors += make_logits_processors(
             repetition_penalty=options.repetition_penalty, repetition_context_size=options.repetition_context
