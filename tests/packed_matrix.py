@@ -33,7 +33,9 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
         per_byte = 8 // width
         plane = np.zeros((tiles, blocks, 16 // per_byte, 64), np.uint32)
         for step in range(16):
-            plane[:, :, step // per_byte] |= (steps[:, :, step] >> low & ((1 << width) - 1)) << width * (step % per_byte)
+            plane[:, :, step // per_byte] |= (steps[:, :, step] >> low & ((1 << width) - 1)) << width * (
+                step % per_byte
+            )
         planes.append(plane.astype(np.uint8).reshape(tiles, blocks, -1))
         low += width
     return np.concatenate(planes, axis=2)
@@ -77,11 +79,11 @@ class PackedMatrix:
                 self.table_low[:n] = np.clip(np.rint((exact - np.rint(exact)) * 256), -128, 127) + 128
         tiles, groups = -(-rows // TILE_ROWS), -(-columns // group) if group else 1
         self.scales = self._per_row(random.uniform(0.5, 2, (experts, tiles, groups, TILE_ROWS)))
-        self.biases = self._per_row(random.normal(0, n / 4, (experts, tiles, groups, TILE_ROWS))) if affine else None
+        self.biases = self._per_row(random.normal(0, n / 4, self.scales.shape)) if affine else None
         self.bias = random.standard_normal((experts, rows)).astype(np.float32) if bias else None
 
         scale = self._spread(self.scales)
-        shift = self._spread(self.biases) if affine else 0
+        shift = 0 if self.biases is None else self._spread(self.biases)
         self.dense = self.values[self.codes].astype(np.float64) * scale + shift
         table = self.table[: 1 << bits].astype(np.float64) - self.offset
         if self.table_low is not None:

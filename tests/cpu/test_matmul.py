@@ -119,7 +119,7 @@ def test_several_threads_may_multiply_at_once():
     with ThreadPoolExecutor(4) as pool:
         for _ in range(10):
             together = pool.map(lambda rows: multiply(matrix, x[:rows], exact=False), range(1, 17))
-            for mine, theirs in zip(alone, together):
+            for mine, theirs in zip(alone, together, strict=True):
                 np.testing.assert_array_equal(mine, theirs)
 
 
@@ -136,5 +136,5 @@ def test_the_number_of_threads_changes_nothing():
     finally:
         kernels.tq_set_threads(before)
     for result in results[1:]:
-        for mine, theirs in zip(results[0], result):
+        for mine, theirs in zip(results[0], result, strict=True):
             np.testing.assert_array_equal(mine, theirs)

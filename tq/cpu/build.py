@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Literal, TypeVar, TypeVarTuple
 
 from tq import settings
+from tq.cpu import cores
 from tq.errors import TQError
 
 # $CC or $CXX, then these.
@@ -204,7 +205,7 @@ def _compile(recipe: Recipe, compiler: list[str], path: Path) -> None:
     commands = [
         [*common, "-c", str(source), "-o", str(made)] for source, made in zip(recipe.sources, objects, strict=True)
     ]
-    with ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max(2, cores.available())) as pool:
         for _ in pool.map(_run, commands):
             pass
     _run([*common, "-shared", "-o", str(path), *map(str, (*objects, *recipe.libraries))])

@@ -7,11 +7,13 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
 #include <stdexcept>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -22,14 +24,15 @@
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/primitives.h"
 #include "mlx/stream.h"
+#include "mlx/transforms.h"
 
 namespace nb = nanobind;
 namespace mx = mlx::core;
 
 namespace {
 
-// What Python has of both is a handle. Their contents know no Python, so that the last owner may be a thread that has no
-// interpreter while another one, which has it, waits for that thread.
+// What Python has of both is a handle. Their contents know no Python: the last owner may be a thread that does not have
+// the interpreter while another one, which has it, waits for that thread.
 
 // Zeroed memory that begins where a cache line does, for what only kernels read and write.
 struct Memory {
@@ -101,6 +104,8 @@ struct Task {
   }
 };
 
+bool outputs_are_kept = false;
+
 void copy_to_rows(const mx::Shape &shape, const mx::Strides &strides, size_t itemsize, const char *from, char *to) {
   const int ndim = int(shape.size());
   size_t rows = 1;
@@ -134,11 +139,12 @@ class Call : public mx::Primitive {
       task->add(readable(inputs[i]) ? inputs[i] : row_contiguous(inputs[i], encoder));
     }
     task->n_inputs = task->arrays.size();
-    const size_t evaluated = tq::evaluated_for(inputs, outputs);
-    tq::clear_inputs_of_others(outputs, evaluated);
+    evaluated_ = tq::evaluated_for(inputs, outputs);
+    tq::clear_inputs_of_others(outputs, evaluated_);
     for (size_t j = 0; j < outputs.size(); j++) {
+      const bool kept = outputs_are_kept && evaluated_ != outputs.size() && evaluated_ != j;
       if (aliases[j] >= 0)
-        continue_buffer(inputs[aliases[j]], outputs[j], encoder, j == evaluated ? nullptr : task->done);
+        continue_buffer(inputs[aliases[j]], outputs[j], encoder, kept ? task->done : nullptr);
       else
         outputs[j].set_data(mx::allocator::malloc(outputs[j].nbytes()));
       task->add(outputs[j]);
@@ -151,6 +157,8 @@ class Call : public mx::Primitive {
   }
 
   const char *name() const override { return "tq"; }
+
+  size_t evaluated() const { return evaluated_; }
 
  private:
   bool readable(const mx::array &a) const {
@@ -185,7 +193,28 @@ class Call : public mx::Primitive {
   }
 
   std::shared_ptr<const Parameters> parameters_;
+  size_t evaluated_ = 0;  // the output that asked
 };
+
+// Tries whether MLX does with the outputs of an operation what continued.h says. Otherwise caches are copied while
+// earlier operations wait.
+bool check_outputs_are_kept() {
+  static std::atomic<bool> measured;
+  measured = false;
+  auto operation = [](const void *, const tq_array *, const tq_array *) {
+    while (!measured) std::this_thread::yield();
+  };
+  auto primitive = std::make_shared<Call>(
+      mx::default_stream(mx::Device(mx::Device::cpu)),
+      std::make_shared<const Parameters>(Parameters{operation, {}, {-1, -1, -1}, false, nullptr}));
+  auto outputs = mx::array::make_arrays({{1}, {1}, {1}}, {mx::float32, mx::float32, mx::float32}, primitive,
+                                        {mx::array({0.0f})});
+  mx::async_eval({outputs[1]});
+  const bool kept = outputs[0].data_shared_ptr().use_count() == 2 && outputs[2].data_shared_ptr().use_count() == 2;
+  measured = true;
+  mx::eval(outputs);
+  return outputs_are_kept = kept && primitive->evaluated() == 1;
+}
 
 // The bytes of an object with the buffer interface.
 std::vector<char> bytes_of(nb::handle object) {
@@ -238,6 +267,7 @@ NB_MODULE(extension, m) {
   nb::class_<Memory>(m, "Memory").def(nb::init<size_t>()).def_prop_ro("address", &Memory::address);
   nb::class_<Keep>(m, "Keep").def(
       nb::init<const std::vector<mx::array> &, const std::vector<Memory> &, const std::vector<Keep> &>());
+  m.def("check_outputs_are_kept", &check_outputs_are_kept);
   m.def("call", &call, nb::arg("operation"), nb::arg("params"), nb::arg("inputs"), nb::arg("outputs"),
         nb::arg("aliases"), nb::arg("keep").none(), nb::arg("strided"));
 }

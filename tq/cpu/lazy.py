@@ -59,9 +59,11 @@ class LazyState:
 def state() -> LazyState:
     """How `call` reaches the kernels, for people."""
     try:
-        _extension()
+        extension = _extension()
     except Declined as declined:
         return LazyState(False, str(declined), declined.hint)
+    if not extension.check_outputs_are_kept():
+        return LazyState(True, "lazy operations of MLX, which copy the cache for each token with this version of MLX")
     return LazyState(True, "lazy operations of MLX")
 
 

@@ -233,6 +233,8 @@ class Router(Structure):
         ("correction", c_void_p),
         ("experts", c_int32),
         ("k", c_int32),
+        ("groups", c_int32),
+        ("kept_groups", c_int32),
         ("sigmoid", c_int32),
         ("normalize", c_int32),
         ("factor", c_float),
@@ -291,6 +293,10 @@ class LayerParams(Structure):
         ("has_mask", c_int32),
         ("has_query_factors", c_int32),
         ("exact", c_int32),
+        ("code", c_void_p),
+        ("sink", c_int32),
+        ("window", c_int32),
+        ("packed", c_int32),
     )
 
 

@@ -1,10 +1,11 @@
-"""The products, compiled for every instruction set that can be run here or emulated, against doubles.
+"""Products and attention, compiled for every instruction set that can be run here or emulated, against doubles.
 
-The programs are kept in pytest's cache, since a sanitizer makes compiling slow.
+Programs are kept in pytest's cache: compiling them takes most of the time.
 """
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,14 +14,22 @@ import pytest
 
 from tq.cpu import isa, library
 
-PROGRAM = Path(__file__).with_name("products.cpp")
-SOURCES = ["activations", "decode", "exact", "gather", "matmul", "matvec", "panel", "pool"]
-FLAGS = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-pthread", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno"]
-# Without the checks that cost most time to compile; addresses are checked anyway.
-SANITIZE = ["-g", "-fsanitize=address,undefined", "-fno-sanitize=null,object-size,vptr", "-fno-sanitize-recover=all"]
+# A program beside this file, and the kernels that it checks.
+PROGRAMS = {
+    "products": ["activations", "decode", "exact", "gather", "matmul", "matvec", "panel", "pool"],
+    "caches": [
+        "activations", "attention", "attention_float", "attention_op", "attention_packed", "attention_rows",
+        "kv_append", "kv_encode", "pack", "pool", "rotate",
+    ],
+}  # fmt: skip
+FLAGS = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", "-fopenmp-simd", "-ffp-contract=fast"]
+SANITIZE = [
+    "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
+    "-fno-sanitize=null,object-size,vptr", "-fno-sanitize-address-use-after-scope",  # they take minutes to compile
+]  # fmt: skip
+COMPILERS, CROSS_COMPILERS = ["c++", "g++", "clang++"], ["aarch64-linux-gnu-g++"]
+EMULATORS = ["qemu-aarch64-static", "qemu-aarch64"]
 RUNNABLE = [level for level in isa.LEVELS if not isa.lacking(level)]
-COMPILERS = ["c++", "g++", "clang++"]
-CROSS_COMPILERS, EMULATORS = ["aarch64-linux-gnu-g++"], ["qemu-aarch64-static", "qemu-aarch64"]
 
 
 def found(names: list[str]) -> str:
@@ -31,34 +40,53 @@ def found(names: list[str]) -> str:
     pytest.skip(f"{names[0]} is not installed")
 
 
-def compiled(request: pytest.FixtureRequest, name: str, compiler: str, flags: list[str]) -> Path:
-    """The test program, made now or by an earlier run."""
-    files = [PROGRAM, *(library.KERNELS / f"{source}.cpp" for source in SOURCES)]
-    command = [compiler, *FLAGS, *flags, f"-I{library.KERNELS}"]
-    headers = sorted(library.KERNELS.glob("*.h"))
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    made_from = repr((command, version, [file.read_text() for file in (*files, *headers)]))
-    folder = request.config.cache.mkdir("tq-products")
-    path = folder / f"{name}-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}"
-    if path.exists():
-        return path
-    for old in folder.glob(f"{name}-*"):
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
-    objects = folder / f"{path.name}.{os.getpid()}"
-    objects.mkdir()
+def with_included(files: list[Path]) -> dict[Path, str]:
+    """The text of files and of the kernels' headers that they include, directly or not."""
+    texts: dict[Path, str] = {}
+    pending = list(files)
+    while pending:
+        file = pending.pop()
+        if file not in texts:
+            texts[file] = file.read_text()
+            pending += [library.KERNELS / name for name in re.findall(r'#include "(.+)"', texts[file])]
+    return texts
+
+
+def objects(command: list[str], files: list[Path], folder: Path) -> list[str]:
+    """Compiles all files at once."""
+    made = [str(folder / f"{file.stem}.o") for file in files]
     jobs = [
-        subprocess.Popen(
-            [*command, "-c", str(file), "-o", str(objects / f"{file.stem}.o")], stderr=subprocess.PIPE, text=True
-        )
-        for file in files
+        subprocess.Popen([*command, "-c", str(file), "-o", to], stderr=subprocess.PIPE, text=True)
+        for file, to in zip(files, made, strict=True)
     ]
     messages = [job.communicate()[1] for job in jobs]
     assert not any(job.returncode for job in jobs), "".join(messages)
-    made = objects / "program"
-    subprocess.run([*command, *map(str, sorted(objects.glob("*.o"))), "-o", str(made)], check=True)
-    os.replace(made, path)
-    shutil.rmtree(objects)
-    return path
+    return made
+
+
+@pytest.fixture(params=PROGRAMS)
+def source(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def program(request: pytest.FixtureRequest, source: str, level: str, compiler: str, flags: list[str]) -> str:
+    """A test program, made now or by an earlier run."""
+    name = f"{source}-{level}"
+    files = [Path(__file__).with_name(f"{source}.cpp"), *(library.KERNELS / f"{n}.cpp" for n in PROGRAMS[source])]
+    command = [compiler, *FLAGS, *flags, f"-I{library.KERNELS}"]
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    made_from = repr((command, version, sorted(with_included(files).items())))
+    folder = request.config.cache.mkdir("tq-programs")
+    path = folder / f"{name}-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}"
+    if not path.exists():
+        for old in folder.glob(f"{name}-*"):
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        work = folder / f"{path.name}.{os.getpid()}"
+        work.mkdir()
+        subprocess.run([*command, *objects(command, files, work), "-o", str(work / "program")], check=True)
+        os.replace(work / "program", path)
+        shutil.rmtree(work)
+    return str(path)
 
 
 def run(command: list[str]) -> None:
@@ -67,23 +95,25 @@ def run(command: list[str]) -> None:
     assert done.stdout.endswith("0 failures\n")
 
 
-@pytest.mark.parametrize("level", RUNNABLE, ids=lambda level: level.name)
-def test_products_with_each_instruction_set(request, level):
-    run([str(compiled(request, level.name, found(COMPILERS), ["-O1", *level.flags]))])
-
-
-def test_products_touch_nothing_beyond_their_arrays(request):
+def test_no_array_is_left(request, source):
     level = RUNNABLE[0]
-    run([str(compiled(request, f"sanitized-{level.name}", found(COMPILERS), ["-O1", *SANITIZE, *level.flags]))])
+    run([program(request, source, f"sanitized-{level.name}", found(COMPILERS), [*SANITIZE, *level.flags])])
 
 
-def test_products_on_an_emulated_arm_processor(request):
-    emulator = found(EMULATORS)
-    flags = ["-O1", "-static", *isa.LEVEL["neon"].flags]
-    run([emulator, str(compiled(request, "neon", found(CROSS_COMPILERS), flags))])
+@pytest.mark.parametrize("level", RUNNABLE[1:], ids=lambda level: level.name)
+def test_lesser_instruction_sets_of_this_processor(request, source, level):
+    run([program(request, source, level.name, found(COMPILERS), [*level.flags])])
 
 
-def test_what_cannot_be_run_here_compiles(request):
-    if os.uname().machine not in isa.LEVEL["avx2vnni"].machines:
+def test_an_emulated_arm_processor(request, source):
+    emulator, compiler = found(EMULATORS), found(CROSS_COMPILERS)
+    run([emulator, program(request, source, "neon", compiler, ["-static", *isa.LEVEL["neon"].flags])])
+
+
+@pytest.mark.parametrize("level", [isa.LEVEL["avx512"], isa.LEVEL["avx2vnni"]], ids=lambda level: level.name)
+def test_what_this_processor_lacks_compiles(request, source, level):
+    if not isa.lacking(level):
+        pytest.skip("this processor has it")
+    if os.uname().machine not in level.machines:
         pytest.skip("the compiler is for another processor")
-    compiled(request, "avx2vnni", found(COMPILERS), ["-O1", *isa.LEVEL["avx2vnni"].flags])
+    program(request, source, level.name, found(COMPILERS), [*level.flags])

@@ -13,35 +13,38 @@ namespace tq {
 namespace {
 
 constexpr uint32_t INFINITE = 0x7f800000;  // bits of an infinity; those of a NaN are larger
+constexpr int HALF = BLOCK_COLUMNS / 2;
 
-// The largest |x|, as its bits: as integers they order like the floats, and a NaN is above all.
-uint32_t largest(const float *x, int n) {
+// The largest |x| of a block, as its bits: as integers they order like the floats, and a NaN is above all.
+uint32_t largest(const float *x) {
   int32_t bits = 0;
-#pragma omp simd reduction(max : bits)
-  for (int i = 0; i < n; i++) {
+  for (int i = 0; i < BLOCK_COLUMNS; i++) {
     const int32_t magnitude = std::bit_cast<int32_t>(x[i]) & 0x7fffffff;
     bits = magnitude > bits ? magnitude : bits;
   }
   return static_cast<uint32_t>(bits);
 }
 
-// Codes of n <= 32 values, and their sum. Adding 1.5 * 2^23 leaves the integer nearest to a float (ties to even) in the
-// low bits of the sum.
-int32_t encode(const float *x, int n, float inverse, int8_t *codes) {
+// Codes of a block. Adding 1.5 * 2^23 leaves the integer nearest to a float (ties to even) in the low bits of the sum.
+void encode(const float *x, float inverse, int8_t *codes) {
   constexpr float SHIFTER = 12582912.0f;
-  int32_t sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int i = 0; i < n; i++) {
-    const int32_t code = std::bit_cast<int32_t>(x[i] * inverse + SHIFTER) - std::bit_cast<int32_t>(SHIFTER);
-    codes[i] = static_cast<int8_t>(code);
-    sum += code;
+#pragma omp simd
+  for (int i = 0; i < BLOCK_COLUMNS; i++) {
+    codes[i] = static_cast<int8_t>(std::bit_cast<int32_t>(x[i] * inverse + SHIFTER) - std::bit_cast<int32_t>(SHIFTER));
   }
+}
+
+int32_t sum_of(const int8_t *codes) {
+  int32_t sum = 0;
+  for (int i = 0; i < HALF; i++) sum += codes[i];
   return sum;
 }
 
 }  // namespace
 
-int Activations::width(int rows) { return rows >= MAX_ROWS ? MAX_ROWS : static_cast<int>(std::bit_ceil(unsigned(rows))); }
+int Activations::width(int rows) {
+  return rows >= MAX_ROWS ? MAX_ROWS : static_cast<int>(std::bit_ceil(static_cast<unsigned>(rows)));
+}
 
 int Activations::padded(int rows) {
   const int rest = rows % MAX_ROWS;
@@ -62,7 +65,6 @@ RowGroup Activations::group(int first, int width) const {
 }
 
 void quantize_row(const float *x, int columns, const RowGroup &group, int row) {
-  constexpr int HALF = BLOCK_COLUMNS / 2;
   for (int b = 0; b < blocks(columns); b++) {
     int8_t *codes = group.codes + (int64_t(b) * group.width + row) * BLOCK_COLUMNS;
     int32_t *sums = group.sums + int64_t(b) * 2 * group.width + row;
@@ -75,13 +77,13 @@ void quantize_row(const float *x, int columns, const RowGroup &group, int row) {
       memcpy(padded, block, n * sizeof(float));
       block = padded;
     }
-    const uint32_t bits = x ? largest(block, BLOCK_COLUMNS) : 0;
+    const uint32_t bits = x ? largest(block) : 0;
     const float most = std::bit_cast<float>(bits), inverse = 127.0f / most;
     if (bits < INFINITE && std::bit_cast<uint32_t>(inverse) < INFINITE) {
       scale = most / 127.0f;
-      const int32_t second = encode(block + HALF, HALF, inverse, codes + HALF);
-      sums[0] = encode(block, HALF, inverse, codes) + second;
-      sums[group.width] = second;
+      encode(block, inverse, codes);
+      sums[group.width] = sum_of(codes + HALF);
+      sums[0] = sum_of(codes) + sums[group.width];
     } else {
       scale = bits < INFINITE ? 0.0f : std::numeric_limits<float>::quiet_NaN();
       memset(codes, 0, BLOCK_COLUMNS);

@@ -20,7 +20,7 @@
 namespace tq {
 namespace {
 
-constexpr int CHUNK_ROWS = 256;
+constexpr int CHUNK_ROWS = 256, PACKED_BLOCK = 64;
 enum { ACTIVATION = LAYER, QKV, ATTENDED, GATE_UP, PROJECTED, KEYS, VALUES, NORMALIZED };  // slots of scratch memory
 constexpr int SHARED = QKV;  // free again after attention
 
@@ -214,9 +214,10 @@ struct Attention {
   Mask mask;
   const float *factors;  // of the queries of each token, or NULL
   tq_attend_params attend;
+  int packed_tokens;
 
   Attention(const tq_layer_params &p, const tq_array *in, const tq_array *out, int tokens)
-      : layer(*p.layer), params(p), mask{}, attend{} {
+      : layer(*p.layer), params(p), mask{}, attend{}, packed_tokens(p.packed) {
     const tq_array *next = in + 1;  // the cache is among the outputs alone
     if (p.has_mask) mask = mask_of(*next++);
     factors = p.has_query_factors ? static_cast<const float *>(next->data) : nullptr;
@@ -229,13 +230,21 @@ struct Attention {
     attend.sinks = layer.sinks;
     attend.causal = p.causal;
     attend.exact = p.exact;
+    if (p.code) {
+      open_packed(out + 1);
+    } else {
+      open_rows(p.has_cache ? out + 1 : nullptr, tokens);
+    }
+  }
+
+  void open_rows(const tq_array *cache, int tokens) {
     attend.n_segments = 1;
     tq_segment &segment = attend.segments[0];
-    if (p.has_cache) {
-      segment.keys = out[1].data;
-      segment.values = out[2].data;
-      segment.format = out[1].dtype == TQ_F16 ? TQ_KV_F16 : TQ_KV_F32;
-      segment.capacity = out[1].shape[2];
+    if (cache) {
+      segment.keys = cache[0].data;
+      segment.values = cache[1].data;
+      segment.format = cache[0].dtype == TQ_F16 ? TQ_KV_F16 : TQ_KV_F32;
+      segment.capacity = cache[0].shape[2];
     } else {
       segment.capacity = tokens;
       segment.keys = scratch<float>(KEYS, size_t(layer.n_kv_heads) * tokens * layer.head_dim);
@@ -244,6 +253,46 @@ struct Attention {
     }
     segment.key_head_stride = int64_t(segment.capacity) * layer.head_dim;
     segment.value_head_stride = int64_t(segment.capacity) * layer.value_dim;
+  }
+
+  void open_packed(const tq_array *cache) {
+    attend.code = *params.code;
+    attend.n_segments = 3;
+    for (const int s : {0, 2}) {  // sink and recent
+      const tq_array *arrays = cache + (s == 0 ? 0 : 6);
+      tq_segment &rows = attend.segments[s];
+      rows.format = TQ_KV_F16;
+      rows.keys = arrays[0].data;
+      rows.values = arrays[1].data;
+      rows.capacity = arrays[0].shape[2];
+      rows.key_head_stride = int64_t(rows.capacity) * layer.head_dim;
+      rows.value_head_stride = int64_t(rows.capacity) * layer.value_dim;
+    }
+    tq_segment &packed = attend.segments[1];
+    const tq_array &keys = cache[2], &values = cache[4];
+    packed.format = TQ_KV_PACKED;
+    packed.keys = keys.data;
+    packed.values = values.data;
+    packed.key_scales = static_cast<uint16_t *>(cache[3].data);
+    packed.value_scales = static_cast<uint16_t *>(cache[5].data);
+    packed.capacity = cache[3].shape[2];
+    packed.key_head_stride = int64_t(keys.shape[2]) * keys.shape[3];
+    packed.value_head_stride = int64_t(values.shape[2]) * values.shape[3];
+  }
+
+  // The segments as they are when n tokens from position `first` on are there, and those tokens in them.
+  void append_packed(float *keys, float *values, int64_t row_stride, int first, int n) {
+    tq_segment &sink = attend.segments[0], &packed = attend.segments[1], &recent = attend.segments[2];
+    attend.position = first;
+    attend.pack_from = std::min(first, params.sink) + packed_tokens;
+    const int total = first + n;
+    sink.count = std::min(total, params.sink);
+    packed_tokens = std::max(packed_tokens, (total - params.sink - params.window) / PACKED_BLOCK * PACKED_BLOCK);
+    packed.position = sink.count;
+    packed.count = packed_tokens;
+    recent.position = sink.count + packed_tokens;
+    recent.count = total - recent.position;
+    tq::append(attend, {keys, layer.head_dim, row_stride}, {values, layer.value_dim, row_stride}, n);
   }
 
   void append(const float *qkv, int64_t row) {
@@ -273,11 +322,14 @@ struct Attention {
         layer.rope.frequencies ? &rotary_table(layer.rope, params.position + first, n) : nullptr;
     for_rows(n, [&](int64_t r) {
       place(layer, table, r, factors ? factors[first + r] : 1.0f, qkv + r * total);
-      append(qkv + r * total, params.row + first + r);
+      if (!params.code) append(qkv + r * total, params.row + first + r);
     });
-
-    attend.segments[0].count = params.causal ? params.row + first + n : params.rows;
-    attend.position = params.row + first;
+    if (params.code) {
+      append_packed(qkv + queries, qkv + queries + keys, total, params.row + first, n);
+    } else {
+      attend.segments[0].count = params.causal ? params.row + first + n : params.rows;
+      attend.position = params.row + first;
+    }
     float *attended = scratch<float>(ATTENDED, size_t(n) * width);
     const Strided q{qkv, query_stride(layer), total}, out{attended, layer.value_dim, width};
     tq::attend(attend, {1, 0, 0}, q, n, out, params.has_mask ? &mask : nullptr);

@@ -56,12 +56,33 @@ void score(const tq_router &router, float *logits) {
   for (int i = 0; i < n; i++) logits[i] /= sum;
 }
 
+// Zeros for the values of all groups but the best.
+void drop_groups(const tq_router &router, float *values) {
+  const int size = router.experts / router.groups;
+  std::vector<float> best(router.groups);
+  for (int g = 0; g < router.groups; g++) {
+    float first = -INFINITY, second = -INFINITY;
+    for (int i = g * size; i < (g + 1) * size; i++) {
+      second = std::max(second, std::min(first, values[i]));
+      first = std::max(first, values[i]);
+    }
+    best[g] = first + second;
+  }
+  for (int dropped = router.groups - router.kept_groups; dropped > 0; dropped--) {
+    const int g = std::min_element(best.begin(), best.end()) - best.begin();
+    best[g] = INFINITY;
+    std::fill_n(values + g * size, size, 0.0f);
+  }
+}
+
 // The k best of one token, best first. Without numbers it is the first experts, with weights that are no numbers.
-void choose(const tq_router &router, const float *scores, uint32_t *chosen, float *weights) {
-  const int k = router.k;
+void choose(const tq_router &router, const float *scores, float *values, uint32_t *chosen, float *weights) {
+  const int k = router.k, experts = router.experts;
+  for (int i = 0; i < experts; i++) values[i] = scores[i] + (router.correction ? router.correction[i] : 0.0f);
+  if (router.groups > 1) drop_groups(router, values);
   for (int i = 0; i < k; i++) weights[i] = -INFINITY, chosen[i] = i;
-  for (int expert = 0; expert < router.experts; expert++) {
-    const float value = scores[expert] + (router.correction ? router.correction[expert] : 0.0f);
+  for (int expert = 0; expert < experts; expert++) {
+    const float value = values[expert];
     if (!(value > weights[k - 1])) continue;
     int at = k - 1;
     for (; at > 0 && value > weights[at - 1]; at--) weights[at] = weights[at - 1], chosen[at] = chosen[at - 1];
@@ -78,12 +99,12 @@ void choose(const tq_router &router, const float *scores, uint32_t *chosen, floa
 void mix_experts(const tq_layer &layer, bool exact, const float *x, int tokens, float *y) {
   const tq_router &router = layer.router;
   const int experts = router.experts, k = router.k;
-  std::vector<float> logits(int64_t(tokens) * experts), weights(int64_t(tokens) * k);
+  std::vector<float> logits(int64_t(tokens) * experts), values(experts), weights(int64_t(tokens) * k);
   std::vector<uint32_t> chosen(int64_t(tokens) * k);
   logits_of(layer, exact, x, tokens, logits.data());
   for (int64_t t = 0; t < tokens; t++) {
     score(router, &logits[t * experts]);
-    choose(router, &logits[t * experts], &chosen[t * k], &weights[t * k]);
+    choose(router, &logits[t * experts], values.data(), &chosen[t * k], &weights[t * k]);
   }
   tq_experts_params params = layer.experts;
   params.exact = exact;

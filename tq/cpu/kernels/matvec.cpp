@@ -23,8 +23,8 @@ TQ_INLINE void dot_block(const Decoder<BITS> &decode, const uint8_t *block, cons
 // sum over blocks of table_scale * x_scale * scale * sum((byte - offset) * x) + bias * x_scale * sum(x): the product,
 // but for the scale of the row where scaling is ROW.
 template <int BITS>
-Floats multiply_tile(const Decoder<BITS> &decode, const Decoder<BITS> *decode_low, const tq_matrix &matrix, const Tile &tile,
-              const RowGroup &x) {
+Floats multiply_tile(const Decoder<BITS> &decode, const Decoder<BITS> *decode_low, const tq_matrix &matrix,
+                     const Tile &tile, const RowGroup &x) {
   const int offset = matrix.offset - BYTE_ZERO;
   Floats total = splat(0), shifts = splat(0);
   const uint8_t *block = tile.codes;

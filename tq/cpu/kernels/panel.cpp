@@ -70,11 +70,10 @@ class Panels {
   bool scaled() const { return main_.scales; }
 
  private:
-  void fill(const Panel &to, const uint8_t *table, float factor, const Tile &tile, int first_block, int n_blocks) const {
-    const uint8_t *blocks = tile.codes + int64_t(first_block) * block_bytes(matrix_.bits);
-    decode_blocks(matrix_.bits, table, blocks, n_blocks, to.bytes);
-    if (to.scales) to_floats(tile, tile.scales, first_block, n_blocks, to.segments, factor, to.scales);
-    if (to.biases) to_floats(tile, tile.biases, first_block, n_blocks, to.segments, 1, to.biases);
+  void fill(const Panel &to, const uint8_t *table, float factor, const Tile &tile, int first, int n) const {
+    decode_blocks(matrix_.bits, table, tile.codes + int64_t(first) * block_bytes(matrix_.bits), n, to.bytes);
+    if (to.scales) to_floats(tile, tile.scales, first, n, to.segments, factor, to.scales);
+    if (to.biases) to_floats(tile, tile.biases, first, n, to.segments, 1, to.biases);
   }
 
   // Scales or biases of each block, or of each half of it.

@@ -86,7 +86,7 @@ TQ_INLINE Quad load_quad(const int8_t *p) {
   return {_mm512_set1_epi32(four)};
 }
 
-// acc[r] + sum of w[4 r + j] * x[j] over j < 4, exact. Not the intrinsic: in loops GCC 12 copies its sums back and forth.
+// acc[r] + sum of w[4 r + j] * x[j] over j < 4, exact. Not the intrinsic: in loops GCC 12 copies its sums to and fro.
 TQ_INLINE Ints dot(Ints acc, Bytes w, Quad x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(w.v), "v"(x.v));
   return acc;

@@ -124,7 +124,9 @@ TQ_INLINE Floats splat(float a) {
   const float32x4_t v = vdupq_n_f32(a);
   return {{v, v, v, v}};
 }
-TQ_INLINE Floats load(const float *p) { return {{vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}}; }
+TQ_INLINE Floats load(const float *p) {
+  return {{vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}};
+}
 TQ_INLINE void store(float *p, Floats a) {
   for (int i = 0; i < 4; i++) vst1q_f32(p + 4 * i, a.v[i]);
 }

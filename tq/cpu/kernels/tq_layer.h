@@ -39,6 +39,7 @@ typedef struct {
   const float *bias;           // [experts] of the logits that `weight` gives, or NULL
   const float *correction;     // [experts], or NULL
   int32_t experts, k;          // experts 0: none
+  int32_t groups, kept_groups; // of equal size; of all others than the kept, the best by their two best, it is 0
   int32_t sigmoid;             // 1: a score is the sigmoid of a logit; 0: their softmax
   int32_t normalize;           // 1: weights are divided by their sum
   float factor;                // and multiplied by this
@@ -73,7 +74,7 @@ enum tq_layer_parts { TQ_LAYER_ATTENTION = 1, TQ_LAYER_FEED_FORWARD = 2 };
 // in: x f32 (..., hidden), all its rows tokens of one sequence. With a mask: bool or additive f32 that broadcasts to
 // (n_heads, tokens, rows). With query factors: f32, one per token.
 // out: y like x. With a cache: its keys and values, f16 or f32 (1, n_kv_heads, capacity, head_dim or value_dim), of
-// equal type, which hold the earlier tokens and get the new ones.
+// equal type, which hold the earlier tokens and get the new ones; or the arrays of a packed cache.
 typedef struct {
   const tq_layer *layer;
   int32_t parts;              // of tq_layer_parts; both halves are residual blocks of their own
@@ -83,6 +84,12 @@ typedef struct {
   int32_t causal;             // 1: token i sees the rows up to row + i; 0: all
   int32_t has_cache, has_mask, has_query_factors;
   int32_t exact;
+  // A packed cache (has_cache 1, causal 1, no mask), else NULL. It keeps its first `sink` tokens and at least the last
+  // `window` ones in float16; between them, whole blocks are packed as they fill, `packed` tokens before this call.
+  // out[1..8]: keys and values of the sink; keys, key scales, values and value scales of the packed tokens; keys and
+  // values of the recent ones, window + 64 rows, as tq_kv_append takes them. `row` is then the position of the first token.
+  const tq_kv_code *code;
+  int32_t sink, window, packed;
 } tq_layer_params;
 TQ_API void tq_layer_forward(const void *params, const tq_array *in, const tq_array *out);
 
