@@ -50,6 +50,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "shared, gated": {"shared": "gated"},
     "without norms": {"norms": ()},
     "other activation": {"activation": 1, "bare": True},
+    "an odd number": {"experts": 13, "k": 4, "router_bias": True},
 }
 
 
@@ -98,7 +99,7 @@ def test_either_half_alone(parts, n):
 @pytest.mark.parametrize("n", [1, 2, 150])
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_mixtures_of_experts_match_float64(kind, n):
-    layer = Layer(experts=12, **MIXTURES[kind])
+    layer = Layer(**{"experts": 12, **MIXTURES[kind]})
     x = tokens(layer, n)
     y = layer.run(x, parts=FEED_FORWARD)
     assert relative_error(y, layer.expected(x, parts=FEED_FORWARD)) < 1e-5

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <optional>
 #include <vector>
 
 #include "attention_float.h"
@@ -47,6 +48,7 @@ class Attention {
     head_width_ = round_up(p_.head_dim, TILE_ROWS);
     value_width_ = round_up(p_.value_dim, TILE_ROWS);
     for (int s = 0; s < p_.n_segments; s++) packed_ |= p_.segments[s].format == TQ_KV_PACKED;
+    if (packed_) code_.emplace(p_);
     const int n_units = batch.count * p_.n_kv_heads * query_blocks_;
     begins_.assign(n_units + 1, 0);
     for (int u = 0; u < n_units; u++) begins_[u + 1] = begins_[u] + unit(u).n_blocks;
@@ -228,7 +230,7 @@ class Attention {
           static_cast<const uint8_t *>(segment.values) + values +
               block * value_block_bytes(p_.value_dim, p_.code.value_bits),
           segment.key_scales + scales, segment.value_scales + scales, count, position};
-      return attend_packed(rows, tokens, PackedCode(p_));
+      return attend_packed(rows, tokens, *code_);
     }
     const int64_t key_row = segment.key_row_stride ? segment.key_row_stride : p_.head_dim;
     const int64_t value_row = segment.value_row_stride ? segment.value_row_stride : p_.value_dim;
@@ -275,6 +277,7 @@ class Attention {
   const int n_queries_;
   int group_, query_blocks_, block_queries_, head_width_, value_width_;
   bool packed_ = false;
+  std::optional<PackedCode> code_;
   std::vector<int64_t> begins_;    // of each unit, in the line of all blocks
   std::vector<Partial> partials_;  // for each piece: of a unit that began before it, and of one that goes on after it
 };

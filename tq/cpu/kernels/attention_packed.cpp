@@ -85,7 +85,7 @@ TQ_INLINE void add_score(Ints sum, float factor, const float *key_scales, int bl
   store(score, block == 0 ? product : load(score) + product);
 }
 
-// Scores of R rows from `row` on with TILES tiles of 16 tokens, whose bytes are `steps` vectors each.
+// Scores of R rows from `row` on with TILES tiles of 16 tokens, whose bytes (value + 128) are `steps` vectors each.
 template <int R, int TILES>
 void score_bytes(const uint8_t *bytes, int steps, const float *key_scales, const RowGroup &x, int row, float *scores) {
   const int64_t tile = int64_t(steps) * LANES;
@@ -340,7 +340,7 @@ float value_of(uint8_t byte, const float *levels, int bits, float scale) {
 
 PackedCode::PackedCode(const tq_attend_params &p)
     : params(p),
-      keys(make_decoder(p.code.key_bits, p.code.key_table, 0)),
+      keys(make_decoder(p.code.key_bits, p.code.key_table, SIGN_FLIP)),
       values(make_decoder(p.code.value_bits, p.code.value_table, VALUE_FLIP ^ SIGN_FLIP)),
       key_codes(make_decoder(p.code.key_bits, IDENTITY.data(), 0)),
       value_codes(make_decoder(p.code.value_bits, IDENTITY.data(), 0)),

@@ -30,9 +30,9 @@ using AnyDecoder =
 struct PackedCode {
   explicit PackedCode(const tq_attend_params &params);
   const tq_attend_params &params;
-  AnyDecoder keys, values;         // to the bytes that are multiplied
-  AnyDecoder key_codes, value_codes;  // to the codes (8 bits: code + 128)
-  float key_scale, value_scale;    // of a table's bytes
+  AnyDecoder keys, values;            // to the bytes of the table; those of values as dot_values reads them
+  AnyDecoder key_codes, value_codes;  // to the codes (8 bits: code + 128), as dot reads them
+  float key_scale, value_scale;       // of a table's bytes
 };
 
 void attend_packed(Rows &rows, const PackedTokens &tokens, const PackedCode &code);

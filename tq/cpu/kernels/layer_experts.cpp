@@ -12,6 +12,24 @@ namespace tq {
 namespace {
 
 constexpr int64_t SERIAL = 1 << 15;  // multiplications that are not worth a second thread
+constexpr int TOGETHER = 4;
+
+// Logits of one token for `count` <= TOGETHER experts from `first` on, which share each read of x.
+void logits_of_row(const tq_router &router, const float *x, int hidden, int64_t first, int count, float *logits) {
+  const float *w[TOGETHER];
+  for (int i = 0; i < TOGETHER; i++) w[i] = router.weight + (first + std::min(i, count - 1)) * hidden;
+  const float *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
+  float a = 0.0f, b = 0.0f, c = 0.0f, d = 0.0f;
+#pragma omp simd reduction(+ : a, b, c, d)
+  for (int i = 0; i < hidden; i++) {
+    a += x[i] * w0[i];
+    b += x[i] * w1[i];
+    c += x[i] * w2[i];
+    d += x[i] * w3[i];
+  }
+  const float sums[TOGETHER] = {a, b, c, d};
+  for (int i = 0; i < count; i++) logits[i] = sums[i] + (router.bias ? router.bias[first + i] : 0.0f);
+}
 
 // logits (tokens, experts).
 void logits_of(const tq_layer &layer, bool exact, const float *x, int tokens, float *logits) {
@@ -27,16 +45,16 @@ void logits_of(const tq_layer &layer, bool exact, const float *x, int tokens, fl
     const Product product{&router.packed.matrix, 0, logits, experts};
     return multiply(&product, 1, x, hidden, tokens, exact);
   }
-  const int64_t count = int64_t(tokens) * experts;
   const auto part = [&](int i, int n) {
-    const Share share(count, i, n);
-    for (int64_t at = share.first; at < share.last; at++) {
+    const Share share(int64_t(tokens) * experts, i, n, TOGETHER);
+    for (int64_t at = share.first; at < share.last;) {
       const int64_t token = at / experts, expert = at % experts;
-      const float bias = router.bias ? router.bias[expert] : 0.0f;
-      logits[at] = dot(x + token * hidden, router.weight + expert * hidden, hidden) + bias;
+      const int count = int(std::min({share.last - at, experts - expert, int64_t(TOGETHER)}));
+      logits_of_row(router, x + token * hidden, hidden, expert, count, logits + at);
+      at += count;
     }
   };
-  if (count * hidden <= SERIAL) {
+  if (int64_t(tokens) * experts * hidden <= SERIAL) {
     part(0, 1);
   } else {
     parallel(part);
@@ -99,12 +117,21 @@ void choose(const tq_router &router, const float *scores, float *values, uint32_
 void mix_experts(const tq_layer &layer, bool exact, const float *x, int tokens, float *y) {
   const tq_router &router = layer.router;
   const int experts = router.experts, k = router.k;
-  std::vector<float> logits(int64_t(tokens) * experts), values(experts), weights(int64_t(tokens) * k);
+  std::vector<float> logits(int64_t(tokens) * experts), weights(int64_t(tokens) * k);
   std::vector<uint32_t> chosen(int64_t(tokens) * k);
   logits_of(layer, exact, x, tokens, logits.data());
-  for (int64_t t = 0; t < tokens; t++) {
-    score(router, &logits[t * experts]);
-    choose(router, &logits[t * experts], values.data(), &chosen[t * k], &weights[t * k]);
+  const auto part = [&](int i, int n) {
+    const Share share(tokens, i, n);
+    std::vector<float> values(experts);
+    for (int64_t t = share.first; t < share.last; t++) {
+      score(router, &logits[t * experts]);
+      choose(router, &logits[t * experts], values.data(), &chosen[t * k], &weights[t * k]);
+    }
+  };
+  if (tokens == 1) {
+    part(0, 1);
+  } else {
+    parallel(part);
   }
   tq_experts_params params = layer.experts;
   params.exact = exact;

@@ -14,9 +14,9 @@ namespace {
 constexpr int BLOCK_BYTES = TILE_ROWS * BLOCK_COLUMNS;  // of a decoded block
 // Up to this many rows, memory is the limit: tiles are read in one stream, a few blocks at a time.
 constexpr int SKINNY_ROWS = 2 * MAX_ROWS;
-constexpr int SKINNY_BLOCKS = 4;
+constexpr int SKINNY_BLOCKS = 8;
 // Bytes of a panel for more rows: it should stay in the second-level cache beside the activations.
-constexpr int64_t PANEL_BYTES = 256 << 10;
+constexpr int64_t PANEL_BYTES = 128 << 10;
 
 // Decoded tiles, with scales as floats. Strides are in elements from tile to tile.
 struct Panel {
@@ -93,10 +93,10 @@ class Panels {
 };
 
 // sums [TILES][WIDTH][16] += the products of `n_blocks` blocks of a panel with the rows of a group from `first_block`.
-template <int TILES, int WIDTH>
+template <int TILES, int WIDTH, int SEGMENTS, bool SCALED>
 void multiply_panel(const Panel &panel, const RowGroup &x, int first_block, int n_blocks, float *sums) {
   constexpr int SPLIT = std::clamp(CHAINS / (TILES * WIDTH), 1, 4);  // sums that share the steps of a segment
-  const int segments = panel.segments, segment_steps = STEPS / segments;
+  constexpr int SEGMENT_STEPS = STEPS / SEGMENTS;
   Floats total[TILES][WIDTH];
   unrolled<TILES * WIDTH>([&](auto i) TQ_INLINE_LAMBDA { total[i / WIDTH][i % WIDTH] = load(sums + 16 * i); });
   const uint8_t *bytes = panel.bytes;
@@ -105,17 +105,17 @@ void multiply_panel(const Panel &panel, const RowGroup &x, int first_block, int 
   const float *x_scales = x.scales + int64_t(first_block) * WIDTH;
   const int32_t *x_sums = x.sums + int64_t(first_block) * 2 * WIDTH;
   for (int b = 0; b < n_blocks; b++, x_scales += WIDTH, x_sums += 2 * WIDTH) {
-    for (int segment = 0; segment < segments; segment++) {
+    for (int segment = 0; segment < SEGMENTS; segment++) {
       int32_t x_sum[WIDTH];
       Ints dots[SPLIT][TILES][WIDTH];
       unrolled<WIDTH>([&](auto r) TQ_INLINE_LAMBDA {
-        x_sum[r] = segments == 1 ? x_sums[r] : segment ? x_sums[WIDTH + r] : x_sums[r] - x_sums[WIDTH + r];
+        x_sum[r] = SEGMENTS == 1 ? x_sums[r] : segment ? x_sums[WIDTH + r] : x_sums[r] - x_sums[WIDTH + r];
         const Ints start = splat_int(-panel.offset * x_sum[r]);
         unrolled<SPLIT * TILES>([&](auto i) TQ_INLINE_LAMBDA {
           dots[i / TILES][i % TILES][r] = i < TILES ? start : splat_int(0);
         });
       });
-      for (int step = 0; step < segment_steps; step += SPLIT, bytes += SPLIT * LANES, codes += SPLIT * 4) {
+      for (int step = 0; step < SEGMENT_STEPS; step += SPLIT, bytes += SPLIT * LANES, codes += SPLIT * 4) {
         unrolled<SPLIT>([&](auto i) TQ_INLINE_LAMBDA {
           Bytes w[TILES];
           unrolled<TILES>([&](auto t) TQ_INLINE_LAMBDA {
@@ -129,18 +129,21 @@ void multiply_panel(const Panel &panel, const RowGroup &x, int first_block, int 
       }
       unrolled<TILES * WIDTH>([&](auto i) TQ_INLINE_LAMBDA {
         constexpr int T = i / WIDTH, R = i % WIDTH;
-        Ints dots_all = dots[0][T][R];
-        unrolled<SPLIT - 1>([&](auto j) TQ_INLINE_LAMBDA { dots_all = dots_all + dots[j + 1][T][R]; });
-        Floats product = to_floats(dots_all);
-        if (scales) product = product * load(scales + T * panel.scale_stride);
+        Ints all = dots[0][T][R];
+        unrolled<SPLIT - 1>([&](auto j) TQ_INLINE_LAMBDA { all = all + dots[j + 1][T][R]; });
+        Floats product = to_floats(all);
+        if constexpr (SCALED) product = product * load(scales + T * panel.scale_stride);
         total[T][R] = fma(product, splat(x_scales[R]), total[T][R]);
-        if (biases) {
+      });
+      if constexpr (SCALED) scales += TILE_ROWS;
+      if (SCALED && biases) {
+        unrolled<TILES * WIDTH>([&](auto i) TQ_INLINE_LAMBDA {
+          constexpr int T = i / WIDTH, R = i % WIDTH;
           const float x_shift = x_scales[R] * static_cast<float>(x_sum[R]);
           total[T][R] = fma(load(biases + T * panel.scale_stride), splat(x_shift), total[T][R]);
-        }
-      });
-      if (scales) scales += TILE_ROWS;
-      if (biases) biases += TILE_ROWS;
+        });
+        biases += TILE_ROWS;
+      }
     }
     codes += (WIDTH - 1) * BLOCK_COLUMNS;
   }
@@ -148,10 +151,16 @@ void multiply_panel(const Panel &panel, const RowGroup &x, int first_block, int 
 }
 
 void Panels::multiply(int tile, int count, const RowGroup &x, int first_block, int n_blocks, float *sums) const {
-  with_width(x.width, [&]<int WIDTH>() {
-    const auto kernel = count == MAX_TILES ? multiply_panel<MAX_TILES, WIDTH> : multiply_panel<1, WIDTH>;
+  const auto run = [&]<int WIDTH, int SEGMENTS, bool SCALED>() {
+    const auto kernel = count == MAX_TILES ? multiply_panel<MAX_TILES, WIDTH, SEGMENTS, SCALED>
+                                           : multiply_panel<1, WIDTH, SEGMENTS, SCALED>;
     kernel(main_.from_tile(tile), x, first_block, n_blocks, sums);
     if (has_low_) kernel(low_.from_tile(tile), x, first_block, n_blocks, sums);
+  };
+  with_width(x.width, [&]<int WIDTH>() {
+    if (main_.segments == 2) run.template operator()<WIDTH, 2, true>();
+    else if (main_.scales) run.template operator()<WIDTH, 1, true>();
+    else run.template operator()<WIDTH, 1, false>();
   });
 }
 

@@ -29,7 +29,8 @@ namespace tq {
 
 constexpr int BYTE_ZERO = SIGN_FLIP ? 128 : 0;
 
-// Into the caches, from an address that may lie past the end of its array.
-TQ_INLINE void prefetch(const void *p) { __builtin_prefetch(p); }
+// Into the second-level cache, which can wait for more lines at once than the first. The address may lie past the end
+// of its array.
+TQ_INLINE void prefetch(const void *p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace tq

@@ -12,8 +12,9 @@ namespace tq {
 // How often a product is scaled: per row (at the end), per block of 64 columns or more, or per half block.
 enum class Scaling { ROW, BLOCK, HALF };
 
-// Bytes ahead of the block in work that are brought into the caches: past the page that hardware prefetchers stop at.
-constexpr int PREFETCH_BYTES = 4096;
+// How far ahead of the block in work codes are brought into the second-level cache: some microseconds of reading, and
+// past the page, where hardware prefetchers stop.
+constexpr int PREFETCH_BYTES = 8192;
 
 struct Tile {
   const uint8_t *codes;
