@@ -70,18 +70,22 @@ def converted(source: Path, folder: Path, bits: str, *options: str) -> Path:
 
 
 class Engine:
-    """A child process that answers one request at a time, and sleeps between them."""
+    """Child processes that answer one request at a time, and sleep between them.
 
-    def __init__(self, label: str, command: list[str], env: dict[str, str] | None = None):
-        self.label = label
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **(env or {})}
-        )
+    Args:
+        apart: Streams get a process of their own. llama.cpp's server and its C functions are called from two threads,
+            each with a team of OpenMP's; together they outnumber the cores, and OpenMP then lets threads sleep at
+            every barrier, which halves the speed of whatever comes second.
+    """
+
+    def __init__(self, label: str, command: list[str], env: dict[str, str] | None = None, apart: bool = False):
+        self.label, self.command, self.env, self.apart = label, command, {**os.environ, **(env or {})}, apart
+        self.processes: dict[bool, subprocess.Popen[str]] = {}
 
     @classmethod
     def llama(cls, label: str, python: Path, model: Path, context: int, flash: bool = True) -> "Engine":
         config = {"model": str(model), "threads": cores.threads(), "context": context, "flash": flash}
-        return cls(label, [str(python), str(HERE / "cpu_llama.py"), json.dumps(config)])
+        return cls(label, [str(python), str(HERE / "cpu_llama.py"), json.dumps(config)], apart=True)
 
     @classmethod
     def tq(cls, label: str, model: Path, kv_bits: str | None = None) -> "Engine":
@@ -96,18 +100,27 @@ class Engine:
         return cls(label, [sys.executable, str(HERE / "cpu_mlx.py"), json.dumps(config)], env)
 
     def ask(self, op: str, **request: Any) -> dict:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"op": op, **request}) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
+        process = self.process(self.apart and op == "stream")
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps({"op": op, **request}) + "\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self.label}: the process ended with {self.process.wait()}")
+            raise SystemExit(f"{self.label}: the process ended with {process.wait()}")
         return json.loads(line)
 
+    def process(self, streams: bool) -> "subprocess.Popen[str]":
+        if streams not in self.processes:
+            self.processes[streams] = subprocess.Popen(
+                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self.env
+            )
+        return self.processes[streams]
+
     def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        for process in self.processes.values():
+            assert process.stdin is not None
+            process.stdin.close()
+            process.wait()
 
 
 @contextlib.contextmanager

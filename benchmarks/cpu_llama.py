@@ -193,7 +193,7 @@ class Stream:
 
 
 class Session:
-    """Both ways, each made when it is asked for: a process that only streams does not hold the model twice."""
+    """One of the two ways, made when it is asked for. Both in one process would slow each other down."""
 
     def __init__(self, config: dict):
         self.config = config

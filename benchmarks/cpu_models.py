@@ -207,8 +207,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where models are kept; by default in tq's cache")
     parser.add_argument("--quick", action="store_true", help="one round each, to see that it works; nothing is written")
+    parser.add_argument("--rounds", type=int, default=7, help="how often each number is measured")
     options = parser.parse_args()
-    rounds, tokens = (1, 8) if options.quick else (7, 64)
+    rounds, tokens = (1, 8) if options.quick else (options.rounds, 64)
     folder = work_folder(options.folder)
     load, found = [other_load()], {}
     for name, by_bits in LLAMA_TYPES.items():
