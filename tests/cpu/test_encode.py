@@ -45,7 +45,7 @@ def test_compiled_scales_are_as_good_and_codes_the_nearest(bits, size, outliers,
 
     # Sums in another order may lead to another of two equally good scales, not to a worse one.
     assert error(got).mean() <= error(expected).mean() * 1.001 + 1e-7
-    assert np.isclose(got, expected, rtol=2e-3).mean() > 0.9
+    assert np.isclose(got, expected, rtol=2e-3).mean() > 0.75
 
 
 def test_values_at_the_ends_of_float16(monkeypatch):

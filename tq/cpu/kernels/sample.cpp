@@ -21,7 +21,7 @@ double exponentials(const float *logits, int n, float top, float inverse_tempera
 #pragma omp simd reduction(+ : sum)
     for (int i = first; i < last; i++) {
       const float weight = fast_exp((logits[i] - top) * inverse_temperature);
-      weights[i] = logits[i] >= threshold ? weight : 0.0f;
+      weights[i] = logits[i] < threshold ? 0.0f : weight;  // NaN stays
       sum += weights[i];
     }
     total += sum;
