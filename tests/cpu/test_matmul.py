@@ -55,6 +55,14 @@ def test_numbers_of_rows(tokens):
         check(PackedMatrix(rows, columns, bits, group=64), random.standard_normal((tokens, columns)).astype(np.float32))
 
 
+@pytest.mark.parametrize("kind", [{"group": 0}, {"group": 32}, {"group": 64, "low": True}], ids=name_of)
+def test_more_columns_than_are_decoded_at_once(kind):
+    matrix = PackedMatrix(37, 8400, 8 if "low" in kind else 4, **kind)
+    random = np.random.default_rng(8)
+    for tokens in (1, 2, 40):
+        check(matrix, random.standard_normal((tokens, 8400)).astype(np.float32))
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_error_of_8_bit_activations(bits):
     random = np.random.default_rng(3)

@@ -6,37 +6,65 @@
 
 namespace tq {
 
+namespace {
+
+struct Work {
+  std::vector<Batch> batches;
+  std::vector<Job> jobs;
+
+  Work(int n_batches, int n_jobs) {
+    batches.reserve(n_batches);  // jobs point into it
+    jobs.reserve(n_jobs);
+  }
+
+  void run(bool exact) {
+    const int n_batches = static_cast<int>(batches.size()), n_jobs = static_cast<int>(jobs.size());
+    multiply_batches(batches.data(), n_batches, jobs.data(), n_jobs, exact);
+  }
+};
+
+}  // namespace
+
 void multiply_gathered(const GatheredProduct *products, int n_products, const float *x, int64_t x_stride,
                        const int32_t *x_row, const uint32_t *expert, int rows, bool exact) {
   if (n_products == 0 || rows == 0) return;
-  // Rows of one expert together (a counting sort), so that its matrices are decoded once for all of them.
+  const auto source_of = [&](int i) { return x_row ? x_row[i] : i; };
   const int experts = products[0].matrix->experts;
-  std::vector<int32_t> first(experts + 1, 0), source(rows), target(rows);
-  for (int i = 0; i < rows; i++) first[expert[i] + 1]++;
+  std::vector<int32_t> first(experts + 1, 0);
   int busy = 0;
-  for (int e = 0; e < experts; e++) {
-    busy += first[e + 1] > 0;
-    first[e + 1] += first[e];
+  for (int i = 0; i < rows; i++) busy += first[expert[i] + 1]++ == 0;
+
+  Work work(rows, rows * n_products);
+  if (busy == rows) {
+    // As for a single token: no expert has two rows, but experts may share one, which is then quantized once.
+    for (int i = 0; i < rows; i++) {
+      const float *row = x + source_of(i) * x_stride;
+      if (i == 0 || row != work.batches.back().x) work.batches.push_back({row, x_stride, nullptr, nullptr, 1, 0});
+      for (int p = 0; p < n_products; p++) {
+        const GatheredProduct &product = products[p];
+        float *y = product.y + i * product.y_stride;
+        work.jobs.push_back({&work.batches.back(), product.matrix, static_cast<int>(expert[i]), y, product.y_stride});
+      }
+    }
+    return work.run(exact);
   }
-  std::vector<int32_t> next(first.begin(), first.end() - 1);
+  // Rows of one expert together (a counting sort), so that its matrices are decoded once for all of them.
+  for (int e = 0; e < experts; e++) first[e + 1] += first[e];
+  std::vector<int32_t> source(rows), target(rows), next(first.begin(), first.end() - 1);
   for (int i = 0; i < rows; i++) {
     const int at = next[expert[i]]++;
     target[at] = i;
-    source[at] = x_row ? x_row[i] : i;
+    source[at] = source_of(i);
   }
-  std::vector<Batch> batches;
-  std::vector<Job> jobs;
-  batches.reserve(busy);  // jobs point into it
-  jobs.reserve(int64_t(busy) * n_products);
   for (int e = 0; e < experts; e++) {
     const int count = first[e + 1] - first[e];
     if (count == 0) continue;
-    batches.push_back({x, x_stride, source.data() + first[e], target.data() + first[e], count, 0});
+    work.batches.push_back({x, x_stride, source.data() + first[e], target.data() + first[e], count, 0});
     for (int p = 0; p < n_products; p++) {
-      jobs.push_back({&batches.back(), products[p].matrix, e, products[p].y, products[p].y_stride});
+      work.jobs.push_back({&work.batches.back(), products[p].matrix, e, products[p].y, products[p].y_stride});
     }
   }
-  multiply_batches(batches.data(), static_cast<int>(batches.size()), jobs.data(), static_cast<int>(jobs.size()), exact);
+  work.run(exact);
 }
 
 }  // namespace tq

@@ -67,7 +67,7 @@ struct Product {
 void multiply(const Product *products, int n_products, const float *x, int64_t x_stride, int rows, bool exact);
 
 // gather.cpp: the same with a matrix per row: row i of y is x[x_row ? x_row[i] : i] times that of expert[i]. All
-// matrices have the same columns and experts. Rows of x that x_row names twice are quantized twice.
+// matrices have the same columns and experts.
 struct GatheredProduct {
   const tq_matrix *matrix;
   float *y;
