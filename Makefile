@@ -4,6 +4,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRA := $(if $(filter Linux,$(shell uname -s)),[cpu])
+EMULATE := $(if $(filter Linux,$(shell uname -s)),TQ_REQUIRE_EMULATOR=1)
 OLD_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c '$(OLD_ENOUGH)' 2>/dev/null && echo $$p && break; done)
@@ -14,7 +15,7 @@ demo: $(VENV)/installed
 	$(BIN)/tq demo
 
 test: lint
-	$(BIN)/pytest -n 2
+	$(EMULATE) $(BIN)/pytest -n 2
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -8,8 +8,10 @@ from tq import settings
 
 _NATIVE = settings.cache_dir() / "native"  # the user's: libraries are named after all that they are made from
 _HOME = tempfile.TemporaryDirectory(prefix="tq-tests-")
+_KEPT = {"TQ_METAL_DEVICE", "TQ_REQUIRE_EMULATOR"}  # what Metal kernels are tested with
 for name in [name for name in os.environ if name.startswith("TQ_")] + ["FORCE_COLOR", "HF_HUB_OFFLINE"]:
-    os.environ.pop(name, None)
+    if name not in _KEPT:
+        os.environ.pop(name, None)
 os.environ.update(
     HOME=_HOME.name,
     XDG_CACHE_HOME=os.path.join(_HOME.name, "cache"),
