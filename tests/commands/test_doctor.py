@@ -36,6 +36,28 @@ def test_kernels_are_run_and_shown(tq, monkeypatch):
     assert "matmul" in tq("doctor", "--kernels").out
 
 
+def test_a_report_has_every_kernel_and_nothing_private(tq, monkeypatch, tmp_path):
+    from tq.engine.ops import selftest
+
+    monkeypatch.setattr(selftest, "SPEED_BYTES", 1 << 20)
+    monkeypatch.setattr(selftest, "ALL_SPECS", selftest.SPECS[:2])
+    result = tq("doctor", "--certify", str(tmp_path / "report.json"))
+    assert result.code == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(report) == {"tq", "machine", "kernels"}
+    assert set(report["machine"]) == set(NAMES) - {"disk", "blas", "hub", "settings"}
+    assert {(k["operation"], k["codes"]) for k in report["kernels"]} == {
+        (op, spec.label()) for op in ("matmul", "gather_matmul", "embed") for spec in selftest.ALL_SPECS
+    }
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_a_report_needs_a_folder(tq, tmp_path):
+    result = tq("doctor", "--certify", str(tmp_path / "none" / "report.json"))
+    assert result.code == 2
+    assert "no file that can be written" in result.err
+
+
 def test_a_wrong_kernel_fails(tq, monkeypatch):
     from tq.engine.ops import selftest
 
@@ -95,7 +117,7 @@ def test_kernels_say_their_instruction_set_their_threads_and_how_they_are_called
 
     found = finding(tq, "kernels")
     assert (found["ok"], found["fix"]) == (True, None)
-    assert found["fact"] == f"{isa.chosen().name}, 1 thread, lazy operations of MLX"
+    assert found["fact"] == f"{isa.chosen()[0].name}, 1 thread, lazy operations of MLX"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has CPU kernels")

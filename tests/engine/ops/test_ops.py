@@ -228,7 +228,7 @@ class TestChoice:
 
     def test_an_unknown_backend_is_refused_with_the_valid_names(self, monkeypatch):
         monkeypatch.setenv("TQ_BACKEND", "cuda")
-        with pytest.raises(UsageError, match="TQ_BACKEND=cuda is not one of auto, cpu, mlx, reference"):
+        with pytest.raises(UsageError, match="TQ_BACKEND=cuda is not one of auto, cpu, metal, mlx, reference"):
             self.chosen(self.affine)
 
     @pytest.mark.parametrize("forced", ["auto", "reference"])
@@ -268,8 +268,8 @@ class TestChoice:
         ops.gather_matmul(x, packed, ids, True)
         ops.embed(ids, packed, mx.float16)
         assert [call[0] for call in calls] == list(ops.OPS)
-        assert calls[0][1:] == (x, packed, False)
-        assert calls[1][1:] == (x, packed, ids, True)
+        assert calls[0][1:] == (x, packed, False, None)
+        assert calls[1][1:] == (x, packed, ids, True, None)
         assert calls[2][1:] == (ids, packed, mx.float16)
 
 
@@ -277,7 +277,7 @@ def test_explain_tells_who_runs_an_operation_and_why_others_do_not(kernels):
     for codec, bits in (("lloyd-max", 3), ("ternary", 0), ("affine", 4)):
         backend, declined = ops.explain("matmul", PackedTensor(QuantSpec(codec, bits), (64, 128), {}), mx.float32)
         assert backend.name == ("cpu" if kernels else "mlx" if codec == "affine" else "reference")
-        expected = {} if kernels else {"cpu": "there is no compiler"}
+        expected = {} if kernels else {"cpu": "there is no compiler", "metal": "there is no Metal GPU"}
         if not kernels and codec != "affine":
             expected["mlx"] = f"MLX has no kernel for {codec} codes"
         assert declined == expected

@@ -108,9 +108,9 @@ class QuantModule(nn.Module):
             self.rotation.prepare()
 
     @property
-    def adds_bias(self) -> bool:
-        """Whether the module itself adds a bias to the product."""
-        return "bias" in self and not self.hidden.has_bias
+    def added_bias(self) -> mx.array | None:
+        """The bias that products with the matrix do not contain already."""
+        return None if self.hidden.has_bias else self.get("bias")
 
     def rotate(self, x: mx.array) -> mx.array:
         return x if self.rotation is None else self.rotation(x)
@@ -126,8 +126,7 @@ class QuantLinear(QuantModule):
     """``nn.Linear``: x (..., in) -> (..., out)."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = ops.matmul(self.rotate(x), self.packed)
-        return y + self.bias if self.adds_bias else y
+        return ops.matmul(self.rotate(x), self.packed, bias=self.added_bias)
 
 
 class QuantEmbedding(QuantModule):
@@ -166,8 +165,7 @@ class QuantSwitchLinear(QuantModule):
         return self.dense_shape[0]
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        y = ops.gather_matmul(self.rotate(x), self.packed, indices, sorted_indices)
-        return y + mx.expand_dims(self.bias[indices], -2) if self.adds_bias else y
+        return ops.gather_matmul(self.rotate(x), self.packed, indices, sorted_indices, self.added_bias)
 
 
 class QuantMultiLinear(QuantModule):

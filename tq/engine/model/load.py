@@ -1,6 +1,7 @@
 """A checkpoint on disk to a runnable model: tq's format, turboquant's, GGUF, and whatever mlx-lm itself loads."""
 
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,6 +18,7 @@ from tq.engine.model import formats, hub, layers, native, native_affine, turboqu
 from tq.engine.model.architecture import build_model, outline, parameters
 from tq.engine.model.roles import matrices
 from tq.engine.model.sources import OWN_MODES, FolderSource, GGUFSource, quantization_mode
+from tq.engine.ops import proof
 from tq.engine.quantize import PackedTensor
 from tq.errors import TQError
 
@@ -165,6 +167,7 @@ def _prepare(modules: dict[str, layers.QuantModule], dtype: mx.Dtype) -> list[st
 
     One at a time, the largest first, so that what is read and what is made of it are in memory together only once.
     """
+    notes = proof.switch_off_wrong(_metal_work(modules), dtype)
     backends = {path: ops.select(module.op, module.packed, dtype) for path, module in modules.items()}
     slow = [modules[path] for path, backend in backends.items() if backend is ops.reference]
     size = sum(dtype.size * prod(module.dense_shape) for module in slow)
@@ -176,12 +179,20 @@ def _prepare(modules: dict[str, layers.QuantModule], dtype: mx.Dtype) -> list[st
         elif backends[path] is ops.reference and keep:
             module.keep_decoded(dtype)
         mx.eval(module.parameters(), module.hidden.shared, module.hidden.decoded)
-    if not slow:
-        return []
-    why = _why_slow(slow[0], dtype)
-    if not keep:
-        return [f"{why}: {size / 1e9:.1f} GB of weights are decoded for every token"]
-    return [f"{why}: weights are decoded once and take {size / 1e9:.2f} GB of memory"]
+    if slow:
+        once = f"weights are decoded once and take {size / 1e9:.2f} GB of memory"
+        each_time = f"{size / 1e9:.1f} GB of weights are decoded for every token"
+        notes.append(f"{_why_slow(slow[0], dtype)}: {once if keep else each_time}")
+    return notes
+
+
+def _metal_work(modules: dict[str, layers.QuantModule]) -> Iterator[proof.Work]:
+    for module in modules.values():
+        yield module.op, module.spec
+        if module.op == "gather_matmul":
+            yield "gate_up", module.spec
+        if module.rotation is not None:
+            yield "rotate", module.dense_shape[-1]
 
 
 def _why_slow(module: layers.QuantModule, dtype: mx.Dtype) -> str:
@@ -189,7 +200,8 @@ def _why_slow(module: layers.QuantModule, dtype: mx.Dtype) -> str:
     if ops.forced_backend() == ops.reference.name:
         return f"TQ_BACKEND={ops.reference.name}"
     question = PackedTensor(module.spec, module.dense_shape, {})
-    return f"no fast kernel for these codes here ({ops.cpu.supports(module.op, question, dtype)})"
+    backend = ops.cpu if ops.metal.unavailable() else ops.metal
+    return f"no fast kernel for these codes here ({backend.supports(module.op, question, dtype)})"
 
 
 def _load_gguf(path: Path, name: str) -> LoadedModel:

@@ -1,5 +1,6 @@
 """Experts of a layer as one kernel: mlx-lm's SwitchGLU over packed matrices, from its input to what its experts say."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -57,25 +58,40 @@ class FusedExperts(nn.Module):
 
 def fuse(model: nn.Module) -> int:
     """Replace the SwitchGLUs of ``model`` whose matrices the CPU kernels hold. Returns how many."""
+    return replace(model, _fits, FusedExperts)
+
+
+def replace(model: nn.Module, fits: Callable[[Any], bool], fused: Callable[[Any], nn.Module]) -> int:
+    """Put ``fused(module)`` in the place of each SwitchGLU over packed experts that ``fits``. Returns how many."""
     from mlx_lm.models.switch_layers import SwitchGLU
 
-    found = {path: module for path, module in model.named_modules() if type(module) is SwitchGLU and _fits(module)}
-    new = {id(module): FusedExperts(module) for module in found.values()}
+    found = {
+        path: module
+        for path, module in model.named_modules()
+        if type(module) is SwitchGLU and _shares_a_rotation(module) and fits(module)
+    }
+    new = {id(module): fused(module) for module in found.values()}
     for path, module in found.items():
         model.update_modules(tree_unflatten([(path, new[id(module)])]))
     return len(new)
 
 
+def matrices(module: Any) -> tuple[QuantSwitchLinear, QuantSwitchLinear, QuantSwitchLinear]:
+    """Gate, up, down."""
+    return module.gate_proj, module.up_proj, module.down_proj
+
+
+def _shares_a_rotation(module: Any) -> bool:
+    packed = all(type(matrix) is QuantSwitchLinear for matrix in matrices(module))
+    return packed and activation_of(module) is not None and module.gate_proj.rotation is module.up_proj.rotation
+
+
 def _fits(module: Any) -> bool:
-    matrices = (module.gate_proj, module.up_proj, module.down_proj)
-    if _activation(module) is None or any(type(m) is not QuantSwitchLinear for m in matrices):
-        return False
-    if any(m.prepared is None or m.adds_bias for m in matrices):
-        return False
-    return module.gate_proj.rotation is module.up_proj.rotation
+    return all(matrix.prepared is not None and matrix.added_bias is None for matrix in matrices(module))
 
 
-def _activation(module: Any) -> int | None:
+def activation_of(module: Any) -> int | None:
+    """What a SwitchGLU does between its matrices, or None if no kernel knows it."""
     kind = type(module.activation)
     return ACTIVATIONS.get(f"{kind.__module__}.{kind.__qualname__}")
 
@@ -83,7 +99,7 @@ def _activation(module: Any) -> int | None:
 def _fuse(module: Any) -> _Fused:
     gate, up, down = (m.prepared for m in (module.gate_proj, module.up_proj, module.down_proj))
     rotations = [matrix.rotation and matrix.rotation.prepared for matrix in (module.gate_proj, module.down_proj)]
-    activation = _activation(module)
+    activation = activation_of(module)
     params = library.ExpertsParams(
         gate=gate.matrix,
         up=up.matrix,

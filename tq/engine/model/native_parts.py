@@ -3,7 +3,7 @@
 What is read is compared with what the module computes, as far as that is known from the module alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -88,9 +88,10 @@ def read_norm(module: nn.Module, name: str) -> Norm:
         weight = weight.astype(mx.float32)
         x = mx.random.normal((2, weight.size), key=mx.random.key(0))
         plain = x * mx.rsqrt(mx.square(x).mean(-1, keepdims=True) + eps)
-        y = module(x)
-        for candidate in (weight, weight + 1):
-            if distance(y, plain * candidate) < TOLERANCE:
+        candidates = (weight, weight + 1)
+        errors = distances([plain * candidate for candidate in candidates], module(x))
+        for candidate, error in zip(candidates, errors, strict=True):
+            if error < TOLERANCE:
                 return Norm(np.array(candidate), eps)
     raise Unfamiliar(f"has a {name} that is no RMSNorm")
 
@@ -114,17 +115,24 @@ def read_rope(module: nn.Module, head_dim: int) -> Rope | None:
     multiplier = getattr(module, "mscale", getattr(module, "_scale", 1.0))
     position_scale = module.scale if type(module) is nn.RoPE else 1.0
     found = Rope(np.array(inverse), dims, bool(getattr(module, "traditional", False)), position_scale, multiplier)
-    for position in POSITIONS:
-        if distance(module(x, offset=position), _turned(found, x, position)) > TOLERANCE:
-            raise Unfamiliar("has a rotary embedding of an unknown kind")
+    turned = mx.concatenate([_turned(found, x, position) for position in POSITIONS])
+    theirs = mx.concatenate([module(x, offset=position) for position in POSITIONS])
+    if max(distance(a, b) for a, b in zip(theirs, turned, strict=True)) > TOLERANCE:
+        raise Unfamiliar("has a rotary embedding of an unknown kind")
     return found
 
 
 def distance(a: mx.array, b: mx.array) -> float:
     """Root mean square of a - b relative to that of b; infinite if that is not a number."""
-    a, b = a.astype(mx.float32), b.astype(mx.float32)
-    error = float(np.array(mx.sqrt(mx.square(a - b).sum() / mx.maximum(mx.square(b).sum(), 1e-30))))
-    return error if error == error else float("inf")
+    return distances([a], b)[0]
+
+
+def distances(candidates: Sequence[mx.array], b: mx.array) -> list[float]:
+    """That of each, computed at once."""
+    b = b.astype(mx.float32)
+    size = mx.maximum(mx.square(b).sum(), 1e-30)
+    errors = mx.stack([mx.sqrt(mx.square(a.astype(mx.float32) - b).sum() / size) for a in candidates])
+    return [error if error == error else float("inf") for error in map(float, np.array(errors))]
 
 
 def first_module(module: nn.Module, names: tuple[str, ...]) -> str | None:
@@ -148,7 +156,7 @@ def prepared_linear(linear: object, name: str) -> QuantLinear:
     """Raises Unfamiliar if it is not a matrix in the memory order of the kernels."""
     if not isinstance(linear, QuantLinear):
         raise Unfamiliar(f"has a {name} that is not quantized")
-    if linear.prepared is None or linear.adds_bias:
+    if linear.prepared is None or linear.added_bias is not None:
         raise Unfamiliar(f"has a {name} that another backend runs")
     return linear
 
@@ -166,7 +174,8 @@ def _activation(module: nn.Module, projections: list[QuantLinear], down: QuantLi
     x = x * (2 / mx.maximum(mx.sqrt(mx.square(inputs(x)[0]).mean()), 1e-6))
     gate, up = inputs(x)
     y = module(x)
-    errors = {kind: distance(down(function(gate) * up), y) for kind, function in ACTIVATIONS.items()}
+    made = down(mx.concatenate([function(gate) * up for function in ACTIVATIONS.values()]))
+    errors = dict(zip(ACTIVATIONS, distances(list(made), y[0]), strict=True))
     best = min(errors, key=errors.__getitem__)
     if errors[best] > TOLERANCE:
         raise Unfamiliar("has an unknown activation")

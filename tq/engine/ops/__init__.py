@@ -10,14 +10,14 @@ from types import ModuleType
 
 import mlx.core as mx
 
-from tq.engine.ops import cpu, native, reference
+from tq.engine.ops import cpu, metal, native, reference
 from tq.engine.ops.prepared import PreparedRotation
 from tq.engine.quantize import PackedTensor, QuantSpec, rotation
 from tq.errors import TQError, UsageError
 
-__all__ = ["BACKENDS", "OPS", "embed", "explain", "gather_matmul", "matmul", "rotate", "unrotate"]
+__all__ = ["BACKENDS", "OPS", "embed", "explain", "forget_choices", "gather_matmul", "matmul", "rotate", "unrotate"]
 
-BACKENDS: tuple[ModuleType, ...] = (cpu, native, reference)  # in order of preference
+BACKENDS: tuple[ModuleType, ...] = (cpu, metal, native, reference)  # in order of preference
 OPS = ("matmul", "gather_matmul", "embed")
 
 
@@ -56,24 +56,43 @@ def _select(
     raise TQError(f"no backend runs {op} on {spec.label()} ({'; '.join(reasons)})", "unset TQ_BACKEND")
 
 
+def forget_choices() -> None:
+    """Ask the backends again: what they support has changed."""
+    _select.cache_clear()
+
+
 def rotate(x: mx.array, signs: mx.array, prepared: PreparedRotation | None = None) -> mx.array:
     """y = H (signs * x) along the last axis; ``prepared`` is the same rotation for the backend cpu."""
-    return rotation.rotate(x, signs) if prepared is None else cpu.rotate(x, prepared)
+    if prepared is not None:
+        return cpu.rotate(x, prepared)
+    return (metal if _metal_rotates(x) else rotation).rotate(x, signs)
 
 
 def unrotate(y: mx.array, signs: mx.array, prepared: PreparedRotation | None = None) -> mx.array:
     """The inverse of ``rotate``."""
-    return rotation.unrotate(y, signs) if prepared is None else cpu.unrotate(y, prepared)
+    if prepared is not None:
+        return cpu.unrotate(y, prepared)
+    return (metal if _metal_rotates(y) else rotation).unrotate(y, signs)
 
 
-def matmul(x: mx.array, packed: PackedTensor, transpose: bool = True) -> mx.array:
-    """x @ W^T (x rotated), or x @ W. See ``reference.matmul``."""
-    return select("matmul", packed, x.dtype).matmul(x, packed, transpose)
+def _metal_rotates(x: mx.array) -> bool:
+    return forced_backend() in ("auto", metal.name) and metal.rotates(x.shape[-1], x.dtype)
 
 
-def gather_matmul(x: mx.array, packed: PackedTensor, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-    """x @ W[expert]^T (x rotated). See ``reference.gather_matmul``."""
-    return select("gather_matmul", packed, x.dtype).gather_matmul(x, packed, indices, sorted_indices)
+def matmul(x: mx.array, packed: PackedTensor, transpose: bool = True, bias: mx.array | None = None) -> mx.array:
+    """x @ W^T + bias (x rotated), or x @ W. See ``reference.matmul``."""
+    return select("matmul", packed, x.dtype).matmul(x, packed, transpose, bias)
+
+
+def gather_matmul(
+    x: mx.array,
+    packed: PackedTensor,
+    indices: mx.array,
+    sorted_indices: bool = False,
+    bias: mx.array | None = None,
+) -> mx.array:
+    """x @ W[expert]^T + bias[expert] (x rotated). See ``reference.gather_matmul``."""
+    return select("gather_matmul", packed, x.dtype).gather_matmul(x, packed, indices, sorted_indices, bias)
 
 
 def embed(ids: mx.array, packed: PackedTensor, dtype: mx.Dtype) -> mx.array:

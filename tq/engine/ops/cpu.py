@@ -13,6 +13,7 @@ import numpy as np
 from tq.cpu import lazy, library
 from tq.engine.ops.prepared import Prepared, PreparedRotation, prepare_rotation
 from tq.engine.ops.prepared import prepare as to_memory_order
+from tq.engine.ops.reference import add_bias, expert_bias
 from tq.engine.quantize import PackedTensor
 from tq.engine.quantize.spec import FOREIGN_GROUP_SIZE
 
@@ -49,7 +50,12 @@ def prepare(packed: PackedTensor, bias: mx.array | None = None) -> PackedTensor:
     return replace(packed, arrays=shared, prepared=to_memory_order(packed, bias))
 
 
-def matmul(x: mx.array, packed: PackedTensor, transpose: bool = True) -> mx.array:
+def matmul(x: mx.array, packed: PackedTensor, transpose: bool = True, bias: mx.array | None = None) -> mx.array:
+    """See ``reference.matmul``. A bias that a matrix was prepared with is in the product already."""
+    return add_bias(_matmul(x, packed, transpose), bias)
+
+
+def _matmul(x: mx.array, packed: PackedTensor, transpose: bool) -> mx.array:
     matrix = _prepared(packed)
     *lead, rows, _ = packed.shape
     if not transpose:
@@ -60,7 +66,13 @@ def matmul(x: mx.array, packed: PackedTensor, transpose: bool = True) -> mx.arra
     return _call("tq_matmul", matrix.matmul, [_float(x)], (*x.shape[:-1], rows), matrix.pinned).astype(x.dtype)
 
 
-def gather_matmul(x: mx.array, packed: PackedTensor, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+def gather_matmul(
+    x: mx.array,
+    packed: PackedTensor,
+    indices: mx.array,
+    sorted_indices: bool = False,
+    bias: mx.array | None = None,
+) -> mx.array:
     batch = np.broadcast_shapes(x.shape[:-2], indices.shape)
     if indices.shape != batch:
         indices = mx.broadcast_to(indices, batch)
@@ -70,7 +82,8 @@ def gather_matmul(x: mx.array, packed: PackedTensor, indices: mx.array, sorted_i
         kept -= 1
     if x.ndim - 2 != len(batch) or x.shape[:kept] != batch[:kept]:
         x = mx.broadcast_to(x, (*batch, *x.shape[-2:]))
-    return _gather(x, indices, _prepared(packed), (*batch, 1, packed.shape[1])).astype(x.dtype)
+    y = _gather(x, indices, _prepared(packed), (*batch, 1, packed.shape[1])).astype(x.dtype)
+    return add_bias(y, expert_bias(bias, indices))
 
 
 def embed(ids: mx.array, packed: PackedTensor, dtype: mx.Dtype) -> mx.array:

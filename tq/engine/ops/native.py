@@ -2,6 +2,7 @@
 
 import mlx.core as mx
 
+from tq.engine.ops.reference import add_bias, expert_bias
 from tq.engine.quantize import PackedTensor
 
 name = "mlx"
@@ -22,16 +23,23 @@ def _stored(packed: PackedTensor, dtype: mx.Dtype) -> tuple[mx.array, mx.array, 
     return arrays["weight"], arrays["scales"].astype(dtype), arrays["biases"].astype(dtype)
 
 
-def matmul(x: mx.array, packed: PackedTensor, transpose: bool = True) -> mx.array:
+def matmul(x: mx.array, packed: PackedTensor, transpose: bool = True, bias: mx.array | None = None) -> mx.array:
     spec = packed.spec
-    return mx.quantized_matmul(
+    y = mx.quantized_matmul(
         x, *_stored(packed, x.dtype), transpose=transpose, group_size=spec.group_size, bits=spec.bits
     )
+    return add_bias(y, bias)
 
 
-def gather_matmul(x: mx.array, packed: PackedTensor, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+def gather_matmul(
+    x: mx.array,
+    packed: PackedTensor,
+    indices: mx.array,
+    sorted_indices: bool = False,
+    bias: mx.array | None = None,
+) -> mx.array:
     spec = packed.spec
-    return mx.gather_qmm(
+    y = mx.gather_qmm(
         x,
         *_stored(packed, x.dtype),
         rhs_indices=indices,
@@ -40,6 +48,7 @@ def gather_matmul(x: mx.array, packed: PackedTensor, indices: mx.array, sorted_i
         bits=spec.bits,
         sorted_indices=sorted_indices,
     )
+    return add_bias(y, expert_bias(bias, indices))
 
 
 def embed(ids: mx.array, packed: PackedTensor, dtype: mx.Dtype) -> mx.array:

@@ -18,14 +18,24 @@ def _dense(packed: PackedTensor, dtype: mx.Dtype) -> mx.array:
     return decode_rotated(packed, dtype)
 
 
-def matmul(x: mx.array, packed: PackedTensor, transpose: bool = True) -> mx.array:
-    """x @ W^T with x (..., in) rotated, or x @ W with x (..., out). W: (out, in) or (heads, out, in)."""
+def matmul(x: mx.array, packed: PackedTensor, transpose: bool = True, bias: mx.array | None = None) -> mx.array:
+    """x @ W^T + bias with x (..., in) rotated, or x @ W with x (..., out). W: (out, in) or (heads, out, in)."""
     w = _dense(packed, x.dtype)
-    return x @ (w.swapaxes(-1, -2) if transpose else w)
+    return add_bias(x @ (w.swapaxes(-1, -2) if transpose else w), bias)
 
 
-def gather_matmul(x: mx.array, packed: PackedTensor, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-    """x @ W[e]^T for the expert e of each row, as ``mx.gather_mm``. x: (..., 1, in) rotated, indices: (...)."""
+def gather_matmul(
+    x: mx.array,
+    packed: PackedTensor,
+    indices: mx.array,
+    sorted_indices: bool = False,
+    bias: mx.array | None = None,
+) -> mx.array:
+    """x @ W[e]^T + bias[e] for the expert e of each row, as ``mx.gather_mm``.
+
+    x: (..., 1, in) rotated, indices: (...), bias: (experts, out).
+    """
+    chosen_bias = expert_bias(bias, indices)
     n_experts = packed.shape[0]
     if packed.decoded is None and indices.size < n_experts:
         # Few tokens: decode only the experts that they chose.
@@ -35,7 +45,8 @@ def gather_matmul(x: mx.array, packed: PackedTensor, indices: mx.array, sorted_i
         indices, sorted_indices = mx.arange(indices.size).reshape(indices.shape), False
     else:
         w = _dense(packed, x.dtype)
-    return mx.gather_mm(x, w.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=sorted_indices)
+    y = mx.gather_mm(x, w.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=sorted_indices)
+    return add_bias(y, chosen_bias)
 
 
 def embed(ids: mx.array, packed: PackedTensor, dtype: mx.Dtype) -> mx.array:
@@ -44,3 +55,12 @@ def embed(ids: mx.array, packed: PackedTensor, dtype: mx.Dtype) -> mx.array:
         return packed.decoded[ids].astype(dtype)
     rows = {k: packed.arrays[k][ids] for k in packed.per_matrix_arrays}
     return decode_rotated(PackedTensor(packed.spec, (*ids.shape, packed.in_features), packed.arrays | rows), dtype)
+
+
+def add_bias(y: mx.array, bias: mx.array | None) -> mx.array:
+    return y if bias is None else y + bias
+
+
+def expert_bias(bias: mx.array | None, indices: mx.array) -> mx.array | None:
+    """The row of each expert, for results of ``gather_matmul``: (..., 1, out)."""
+    return None if bias is None else mx.expand_dims(bias[indices], -2)

@@ -1,0 +1,91 @@
+"""From a .metal file of this folder to a function that MLX runs.
+
+A file holds helpers, then the line ``// body``, then the statements of a kernel: MLX writes the signature around them,
+from the types of the arrays that it is called with (``mx.fast.metal_kernel``). ``#include "codes.metal"`` takes the
+helpers of another file.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+FOLDER = Path(__file__).parent
+INCLUDE = re.compile(r'^#include "([\w.]+)"\n', re.MULTILINE)
+BODY = "// body\n"
+
+Template = dict[str, mx.Dtype | int | bool]
+
+
+@cache
+def text(name: str) -> tuple[str, str]:
+    """The helpers (with those that they include, each once) and the body of ``<name>.metal``."""
+    helpers, _, body = (FOLDER / f"{name}.metal").read_text().partition(BODY)
+    seen: set[str] = set()
+
+    def include(match: re.Match) -> str:
+        if match[1] in seen:
+            return ""
+        seen.add(match[1])
+        return INCLUDE.sub(include, (FOLDER / match[1]).read_text())
+
+    return INCLUDE.sub(include, helpers), body
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel and the names of its arrays, in order.
+
+    Attributes:
+        name: Of its file.
+        inputs: Arrays that it reads.
+        outputs: Arrays that it writes.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    def __call__(
+        self,
+        inputs: Sequence[mx.array],
+        template: Template,
+        grid: tuple[int, int, int],
+        threadgroup: tuple[int, int, int],
+        outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]],
+    ) -> list[mx.array]:
+        """Run it, lazily.
+
+        Args:
+            inputs: As named. MLX copies those that are not row-contiguous.
+            template: Values of its template arguments: types, and integers that are not negative.
+            grid: Threads, in all.
+            threadgroup: Threads in one group.
+            outputs: Shape and type of each.
+        """
+        function = _build(self, mx.fast.metal_kernel)
+        return function(
+            inputs=list(inputs),
+            template=list(template.items()),
+            grid=grid,
+            threadgroup=threadgroup,
+            output_shapes=[shape for shape, _ in outputs],
+            output_dtypes=[dtype for _, dtype in outputs],
+        )
+
+
+@cache
+def _build(kernel: Kernel, factory: Any) -> Any:
+    # The factory is part of the key: tests put an emulator in its place.
+    header, source = text(kernel.name)
+    return factory(
+        name=f"tq_{kernel.name}",
+        input_names=list(kernel.inputs),
+        output_names=list(kernel.outputs),
+        header=header,
+        source=source,
+    )
