@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ["convert", "run", "eval", "demo", "doctor"]
+COMMANDS = ["convert", "run", "chat", "eval", "bench", "demo", "doctor"]
 
 
 def generated() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Where settings come from: the environment variables that tq reads, listed once, and the folders it may write to."""
 
 import os
+import re
 from pathlib import Path
 
 from tq.errors import TQError, UsageError
@@ -11,6 +12,7 @@ ENVIRONMENT = {
     "TQ_THREADS": "threads for native CPU code (default: the physical cores this process may use)",
     "TQ_CPU_ISA": "the one instruction set to build CPU kernels for: avx512, avx2vnni, avx2, neon or generic",
     "TQ_CPU_EXACT": "1: CPU kernels compute with float32 activations instead of 8-bit ones (slower)",
+    "TQ_PROMPT_CACHE": "disk space for prompts that tq chat has read, such as 500MB or 8GB; 0: none (default: 2GB)",
     "TQ_DEBUG": "1: show the traceback behind an error",
 }
 
@@ -32,6 +34,17 @@ def threads() -> int | None:
     if not value.isdecimal() or int(value) == 0:
         raise UsageError(f"TQ_THREADS is {value!r}: it must be a positive number")
     return int(value)
+
+
+def prompt_cache_bytes(option: str | None = None) -> int:
+    """Bytes of disk for prompts: the option, else TQ_PROMPT_CACHE, else 2 GB. Raises UsageError if it is no size."""
+    name, value = (
+        ("TQ_PROMPT_CACHE", os.environ.get("TQ_PROMPT_CACHE")) if option is None else ("--prompt-cache", option)
+    )
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)b?", (value or "2GB").strip().lower())
+    if found is None:
+        raise UsageError(f"{name} is {value!r}: it must be a size such as 500MB or 8GB, or 0")
+    return int(float(found[1]) * 1000 ** " kmgt".index(found[2] or " "))
 
 
 def cache_dir() -> Path:

@@ -11,7 +11,7 @@ import pytest
 from tq import __version__, cli
 from tq.errors import TQError, UsageError
 
-COMMANDS = ["convert", "run", "eval", "demo", "doctor"]
+COMMANDS = ["convert", "run", "chat", "eval", "bench", "demo", "doctor"]
 
 
 def test_version_alone_on_stdout(tq):

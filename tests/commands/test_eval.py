@@ -33,6 +33,14 @@ def test_a_model_is_no_distance_from_itself(tq, checkpoint, text):
     assert "KL mean" in shown and "same first choice" in shown
 
 
+def test_packed_keys_and_values_cost_little(tq, checkpoint, text):
+    arguments = ["eval", "-m", checkpoint, "--data", text, "--seq-len", "200", "--samples", "1", "--json"]
+    plain = json.loads(tq(*arguments).out)["perplexity"]
+    packed = json.loads(tq(*arguments, "--kv-bits", "8", "--kv-sink", "0").out)["perplexity"]
+    assert packed != plain
+    assert packed == pytest.approx(plain, rel=0.01)
+
+
 def test_the_text_that_ships_is_the_default(tq, checkpoint):
     result = tq("eval", "-m", checkpoint, "--seq-len", "32", "--samples", "2", "--json")
     assert json.loads(result.out)["data"] == "eval.txt of tq"

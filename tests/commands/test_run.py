@@ -76,6 +76,24 @@ def test_options_reach_the_engine(tq, checkpoint, asked, monkeypatch):
     assert asked[0][1] == {"system": "Be.brief", "raw": False, "think": False}
 
 
+def test_kv_options_reach_the_engine(tq, checkpoint, monkeypatch):
+    from tq.engine.cache.settings import KVSettings
+    from tq.engine.run import generate
+
+    given = []
+    real = generate.generate
+    monkeypatch.setattr(generate, "generate", lambda *args: given.append(args[3]) or real(*args))
+    arguments = "--kv-bits k4v4 --kv-k-bits 5 --kv-v-bits 3.5 --kv-sink 4 --kv-codec qjl,lloyd-max".split()
+    result = tq("run", "-m", checkpoint, "hello", "-n", "3", *arguments)
+    assert result.code == 0
+    assert "save memory here, not time: no kernel reads them" in " ".join(result.err.split())
+    assert tq("run", "-m", checkpoint, "hello", "-n", "3", "--kv-group-size", "32").code == 0
+    assert given == [KVSettings(5, 3.5, "qjl", "lloyd-max", sink=4), KVSettings(group_size=32)]
+    result = tq("run", "-m", checkpoint, "hello", "--kv-bits", "paper")
+    assert result.code == 2
+    assert "KV bits 'paper' are not one or two of 1, 2, 2.5" in " ".join(result.err.split())
+
+
 def test_defaults_are_those_of_the_engine(tq, checkpoint, monkeypatch):
     from tq.engine.run import generate
 

@@ -32,6 +32,11 @@ def eval(
         int | None, typer.Option("--samples", metavar="N", help="Use only the first N windows of the text.")
     ] = None,
     kv_bits: options.KVBits = None,
+    kv_k_bits: options.KVKeyBits = None,
+    kv_v_bits: options.KVValueBits = None,
+    kv_sink: options.KVSink = None,
+    kv_group_size: options.KVGroupSize = None,
+    kv_codec: options.KVCodec = None,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
@@ -47,17 +52,18 @@ def eval(
     from tq.cpu import blas
 
     out.detail(f"BLAS: {blas.enable().reason}")
-    from tq.engine.cache.packed import KVBits
     from tq.engine.model.load import load
     from tq.engine.run.evaluate import EvalResult, default_text, evaluate, read_text
+    from tq.engine.run.generate import packing_notes
 
     name, text = (str(data), read_text(data)) if data else default_text()
-    bits = None if kv_bits is None else KVBits.parse(kv_bits)
+    kv = options.kv_settings(kv_bits, kv_k_bits, kv_v_bits, kv_sink, kv_group_size, kv_codec)
     loaded = load(model, revision=revision, trust_remote_code=trust_remote_code)
     other = load(reference, trust_remote_code=trust_remote_code) if reference else None
-    for note in dict.fromkeys(loaded.notes + (other.notes if other else [])):
+    packing = [note.message for note in packing_notes(loaded.model, kv)]
+    for note in dict.fromkeys(loaded.notes + (other.notes if other else []) + packing):
         out.say(note)
-    events = evaluate(loaded, text, seq_len=seq_len, samples=samples, reference=other, kv_bits=bits, data=name)
+    events = evaluate(loaded, text, seq_len=seq_len, samples=samples, reference=other, kv=kv, data=name)
     (result,) = [event for event in out.follow(events, "Evaluating") if isinstance(event, EvalResult)]
     document = {**result.to_dict(), "model": model, "reference": reference}
     out.result(document, facts({"model": model, "text": window(result), **quality(result)}))

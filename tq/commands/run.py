@@ -41,6 +41,11 @@ def run(
     seed: options.Seed = None,
     stop: options.Stop = None,
     kv_bits: options.KVBits = None,
+    kv_k_bits: options.KVKeyBits = None,
+    kv_v_bits: options.KVValueBits = None,
+    kv_sink: options.KVSink = None,
+    kv_group_size: options.KVGroupSize = None,
+    kv_codec: options.KVCodec = None,
     stats: Annotated[bool, typer.Option("--stats", help="Say how fast it was and what memory it took.")] = False,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -58,9 +63,15 @@ def run(
     from tq.cpu import blas
 
     out.detail(f"BLAS: {blas.enable().reason}")
-    from tq.engine.cache.packed import KVBits
     from tq.engine.model.load import load
-    from tq.engine.run.generate import Finished, GenerateOptions, encode_prompt, generate, prompt_notes
+    from tq.engine.run.generate import (
+        Finished,
+        GenerateOptions,
+        encode_prompt,
+        generate,
+        packing_notes,
+        prompt_notes,
+    )
 
     chosen = GenerateOptions(
         max_tokens=max_tokens,
@@ -74,16 +85,16 @@ def run(
         seed=seed,
         stop=tuple(stop or ()),
     )
-    bits = None if kv_bits is None else KVBits.parse(kv_bits)
+    kv = options.kv_settings(kv_bits, kv_k_bits, kv_v_bits, kv_sink, kv_group_size, kv_codec)
     loaded = load(model, revision=revision, trust_remote_code=trust_remote_code)
-    asked = prompt_notes(loaded.tokenizer, raw=raw, think=not no_think)
+    asked = prompt_notes(loaded.tokenizer, raw=raw, think=not no_think) + packing_notes(loaded.model, kv)
     for message in [*loaded.notes, *(note.message for note in asked)]:
         out.say(message)
     tokens = encode_prompt(loaded.tokenizer, question, system=system, raw=raw, think=not no_think)
 
     answer = ""
     try:
-        for event in generate(loaded, tokens, chosen, bits):
+        for event in generate(loaded, tokens, chosen, kv):
             if isinstance(event, Finished):
                 finished = event
                 continue

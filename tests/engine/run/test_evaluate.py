@@ -9,7 +9,7 @@ import pytest
 from small_models import BOS, VOCAB, Loaded, byte_tokenizer, tiny_llama
 
 from tq.engine.events import Progress
-from tq.engine.run import evaluate as module
+from tq.engine.run import scores
 from tq.engine.run.evaluate import EvalResult, default_text, evaluate, read_text
 from tq.errors import TQError, UsageError
 
@@ -65,7 +65,7 @@ def numpy_scores(loaded, reference, windows):
 @pytest.mark.parametrize("chunk", [1, 3 * VOCAB, 2**24])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_every_number_agrees_with_float64(llama, other, monkeypatch, chunk, batch_size):
-    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(scores, "_CHUNK_ELEMENTS", chunk)
     result = result_of(other, TEXT, seq_len=23, reference=llama, batch_size=batch_size, data="foxes")
     windows = windows_of(23)
     nll, kl, same = numpy_scores(other, llama, windows)

@@ -1,1 +1,1 @@
-"""Keys and values in fewer bits than mlx-lm keeps them in."""
+"""The packed key-value cache: settings, codecs, caches that mlx-lm's models take, and attention over packed tokens."""

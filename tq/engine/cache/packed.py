@@ -1,158 +1,141 @@
-"""A key-value cache in a few bits per number, which attention reads as it is (tq/cpu/kernels).
+"""PackedKVCache: mlx-lm's cache of one layer with its tokens in a few bits per number.
 
-Each head vector is rotated and coded with one float16 scale: 8 bits as symmetric integers, fewer as Lloyd-Max codes
-(TurboQuant, Zandieh et al. 2025, section 3.1). The first `sink` tokens and at least the last `window` stay in float16;
-between them, blocks of 64 tokens are packed as they fill.
+The first `sink` tokens and at least the last `window` stay as they are; between them, blocks of 64 tokens are packed as
+they fill. How and where is the storage's business (storage.py). Sequences of a batch have the same length here:
+batch.py has those of different lengths.
 """
 
-import ctypes
-from dataclasses import dataclass
-from functools import cache as once
+import copy
+import json
+import weakref
+from dataclasses import asdict
 from typing import Any
 
 import mlx.core as mx
 
-from tq.cpu import lazy, library
-from tq.engine.ops import cpu
-from tq.engine.ops.prepared import codebook_table, prepare_rotation
-from tq.engine.quantize.codebooks import stored_codebook
-from tq.engine.quantize.rotation import random_signs
-from tq.errors import TQError, UsageError
-
-BITS = (2, 3, 4, 5, 6, 8)
-BLOCK = 64  # tokens that are packed together
-SINK, WINDOW = 128, 64
-STEP_BLOCKS = 4  # by which the packed part grows, or by a quarter if that is more
-FLOAT16, PACKED = 1, 2  # tq_kv_format
+from tq.engine.cache import storage as storages
+from tq.engine.cache.settings import BLOCK, KVSettings
+from tq.engine.cache.storage import Form, Storage
+from tq.errors import TQError
 
 
-@dataclass(frozen=True)
-class KVBits:
-    """Bits of a number of keys, and of values."""
+class Fetched:
+    """The keys and values that a cache gave to a model last, and what attention needs to read them packed.
 
-    keys: int
-    values: int
-
-    @classmethod
-    def parse(cls, text: str) -> "KVBits":
-        """ "8,4": keys, values; "4": both.
-
-        Raises:
-            UsageError: It is neither.
-        """
-        parts = text.split(",")
-        valid = ", ".join(map(str, BITS))
-        if len(parts) > 2 or not all(p.strip().isdecimal() and int(p) in BITS for p in parts):
-            raise UsageError(f"KV bits {text!r} are not one or two of {valid}", hint="for example 8,4: keys, values")
-        return cls(int(parts[0]), int(parts[-1]))
-
-
-def pack_caches(caches: list[Any], bits: KVBits) -> list[Any]:
-    """A model's fresh caches, with those that keep all keys and values replaced by packed ones.
-
-    Others (windows, recurrent states) stay as they are.
-
-    Raises:
-        TQError: There are no kernels for packed caches here, or no layer has such a cache.
+    A model's attention may get other arrays than its cache returned (latent attention does, for prompts), so that the
+    packed tokens stand for arrays only if these are the very ones that were returned.
     """
-    from mlx_lm.models.cache import KVCache
 
-    reason = cpu.unavailable()
-    if reason is not None:
-        raise TQError(f"a packed KV cache needs tq's CPU kernels in this version: {reason}", "leave --kv-bits out")
-    packed = [PackedKVCache(bits) if type(c) is KVCache else c for c in caches]
-    if not any(isinstance(c, PackedKVCache) for c in packed):
-        raise TQError("no layer of this model has a KV cache that can be packed", "leave --kv-bits out")
-    return packed
+    def __init__(self) -> None:
+        self._held: tuple[weakref.ref, weakref.ref, Any] | None = None
 
+    def remember(self, keys: mx.array, values: mx.array, view: Any) -> tuple[mx.array, mx.array]:
+        """`view` lives as long as the arrays: it holds what the next token writes to."""
+        holder = weakref.ref(self)
 
-class Code:
-    """The tables of one coding, for C. `address` is that of a tq_kv_code, valid as long as `pinned`."""
+        def forget(_: Any) -> None:
+            found = holder()
+            if found is not None:
+                found._held = None
 
-    def __init__(self, bits: KVBits, key_dim: int, value_dim: int):
-        also: list[lazy.Pinned] = []
-        fields: list[tuple[int | None, float, int | None]] = []
-        for n_bits in (bits.keys, bits.values):
-            if n_bits == 8:
-                fields.append((None, 0.0, None))
-                continue
-            table = codebook_table(tuple(stored_codebook("lloyd-max", n_bits).tolist()))
-            pinned = lazy.Pinned(mx.array(table.high), mx.array(table.values))
-            also.append(pinned)
-            fields.append((pinned.addresses[0], table.scale, pinned.addresses[1]))
-        rotations = [prepare_rotation(mx.array(random_signs(dim))) for dim in (key_dim, value_dim)]
-        also += [r.pinned for r in rotations if r.pinned is not None]
-        (key_table, key_scale, key_values), (value_table, value_scale, value_values) = fields
-        self.structure = library.KVCode(
-            bits.keys, bits.values, key_table, value_table, key_scale, value_scale, key_values, value_values,
-            rotations[0].rotation, rotations[1].rotation,
-        )  # fmt: skip
-        memory = lazy.Memory(ctypes.sizeof(self.structure))
-        ctypes.memmove(memory.address, ctypes.byref(self.structure), ctypes.sizeof(self.structure))
-        self.address = memory.address
-        self.pinned = lazy.Pinned(memory, also=also)
+        self._held = None
+        self._held = weakref.ref(keys, forget), weakref.ref(values), view
+        return keys, values
 
+    def take(self, keys: Any, values: Any) -> tuple[Any, bool] | None:
+        """(view, whether the keys serve as values too) if these are the arrays, else None."""
+        held = self._held
+        if held is None or held[0]() is not keys:
+            return None
+        if values is not keys and held[1]() is not values:
+            return None
+        return held[2], values is keys
 
-@once
-def code_of(bits: KVBits, key_dim: int, value_dim: int) -> Code:
-    return Code(bits, key_dim, value_dim)
+    def __deepcopy__(self, memo: dict) -> "Fetched":
+        return Fetched()
 
 
 class PackedKVCache:
-    """mlx-lm's cache of one layer, for one sequence.
+    """In place of mlx-lm's KVCache.
 
     Attributes:
-        offset: Tokens that it holds.
-        packed: Tokens of them that are packed.
-        arrays: Keys and values of the sink, (1, heads, sink, dim) float16; keys and their scales, values and their
-            scales of packed tokens, (1, heads, blocks, bytes) uint8 and (1, heads, 64 blocks) float16; keys and values
-            of the recent tokens, (1, heads, window + 64, dim) float16. Empty before the first token.
+        offset: Tokens so far.
+        sink: First tokens, which are never packed.
+        packed: Tokens in packed arrays.
+        dropped: Tokens after the sink that a window has left behind.
+        storage: Where they are; None before the first token. `declined`: why not the CPU kernels' memory, if so.
+        arrays, fitted: As the storage has them (storage.Tokens).
     """
 
-    def __init__(self, bits: KVBits, sink: int = SINK, window: int = WINDOW):
-        self.kv_bits, self.sink, self.window = bits, sink, window
-        self.offset = self.packed = 0
+    windowed = False
+
+    def __init__(self, settings: KVSettings | None = None):
+        self.settings = settings or KVSettings()
+        self.sink = self.settings.sink
+        self.offset = self.packed = self.dropped = 0
         self.arrays: list[mx.array] = []
+        self.fitted: tuple[mx.array | None, mx.array | None] = (None, None)
+        self.form: Form | None = None
+        self.storage: Storage | None = None
+        self.declined: str | None = None
+        self._fetched = Fetched()
 
     def packed_after(self, tokens: int) -> int:
-        """How many are packed once there are so many."""
-        return max(self.packed, (tokens - self.sink - self.window) // BLOCK * BLOCK, 0)
+        """How many tokens packed arrays hold once there are so many."""
+        return max(self.packed, self.settings.packed_after(tokens - self.dropped, self.sink))
 
-    def reserve(self, n_tokens: int, n_kv_heads: int, key_dim: int, value_dim: int) -> None:
-        """Make the arrays long enough for more tokens."""
-        blocks = self.packed_after(self.offset + n_tokens) // BLOCK
-        if not self.arrays:
-            rows = [(n, dim) for n in (self.sink, self.window + BLOCK) for dim in (key_dim, value_dim)]
-            made = [mx.zeros((1, n_kv_heads, n, dim), mx.float16) for n, dim in rows]
-            self.arrays = [*made[:2], *self._packed_arrays(0, n_kv_heads, key_dim, value_dim), *made[2:]]
-        have = self.arrays[2].shape[2]
-        if blocks > have:
-            more = max(-(-blocks // STEP_BLOCKS) * STEP_BLOCKS - have, have // 4)
-            longer = self._packed_arrays(more, n_kv_heads, key_dim, value_dim)
-            joined = [mx.concatenate([a, b], axis=2) for a, b in zip(self.arrays[2:6], longer, strict=True)]
-            self.arrays = [*self.arrays[:2], *joined, *self.arrays[6:]]
+    def open(self, form: Form) -> Storage:
+        """The storage for tokens of this form.
 
-    def _packed_arrays(self, blocks: int, heads: int, key_dim: int, value_dim: int) -> list[mx.array]:
-        size = library.library().tq_kv_block_bytes
-        made = []
-        for values, (dim, bits) in enumerate(((key_dim, self.kv_bits.keys), (value_dim, self.kv_bits.values))):
-            made.append(mx.zeros((1, heads, blocks, size(dim, bits, values)), mx.uint8))
-            made.append(mx.zeros((1, heads, blocks * BLOCK), mx.float16))
-        return made
+        Raises:
+            TQError: The cache holds tokens of another form, or the settings cannot pack this one.
+        """
+        if self.storage is None:
+            self.storage, self.declined = storages.choose(self.settings, form, self.windowed)
+            self.form, self.arrays = form, self.storage.empty()
+        elif self.form is not None and form[:4] != self.form[:4]:
+            raise TQError(
+                f"a packed KV cache of (sequences, heads, key and value numbers) {self.form[:4]} cannot take {form[:4]}"
+            )
+        return self.storage
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """For attention that cannot read packed tokens: all keys and values (1, heads, tokens, dim), decoded."""
-        batch, heads, n, key_dim = keys.shape
-        if batch != 1:
-            raise TQError(f"a packed KV cache holds one sequence, not {batch}", "leave --kv-bits out")
-        self.reserve(n, heads, key_dim, values.shape[3])
-        code = code_of(self.kv_bits, key_dim, values.shape[3])
-        params = self._params(code, heads, key_dim, values.shape[3], self.offset + n)
-        params.position, params.pack_from = self.offset, min(self.offset, self.sink) + self.packed
-        inputs = [keys.astype(mx.float32), values.astype(mx.float32), *self.arrays]
-        outputs = [(a.shape, a.dtype) for a in self.arrays]
-        self.advance(lazy.call("tq_kv_append", params, inputs, outputs, range(2, 10), code.pinned), n)
-        return self.decoded(keys.dtype)
+        """Add tokens. keys: (B, heads, n, key_dim), values: (B, heads, n, value_dim).
+
+        Returns:
+            Keys and values of all tokens that these attend to, (B, heads, tokens, dim): decoded, as far as somebody
+            reads them. Attention that knows packed tokens (hook.py) does not.
+        """
+        storage = self.open(form_of(keys, values))
+        view = storage.append(self, keys, values)
+        return self._fetched.remember(*storage.decoded(view, keys.dtype), view)
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """All tokens that the last ones attend to: for layers that share the cache of another one."""
+        view, dtype = self._opened().view(self), getattr(mx, self._form().dtype)
+        return self._fetched.remember(*self._opened().decoded(view, dtype), view)
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, **how: Any) -> mx.array | None:
+        """Attention over packed tokens, for arrays that `update_and_fetch` returned; else None.
+
+        Args:
+            how: `scale`, `mask`, `sinks`, `softcap` as in `attention.attend`.
+        """
+        found = self._fetched.take(keys, values)
+        if found is None:
+            return None
+        view, values_are_keys = found
+        return self._opened().attend(view, queries, values_are_keys=values_are_keys, **how)
+
+    # --- what native layers need (model/native_layers.py) ---
+
+    def native(self, n_tokens: int, heads: int, key_dim: int, value_dim: int) -> Any:
+        """The `native.Code` of arrays with room for more tokens; None if they are not the CPU kernels'."""
+        storage = self.open(Form(1, heads, key_dim, value_dim, "float32"))
+        if storage.name != "cpu":
+            return None
+        storage.reserve(self, n_tokens)  # type: ignore[attr-defined]
+        return storage.code  # type: ignore[attr-defined]
 
     def advance(self, arrays: list[mx.array], n_tokens: int) -> None:
         """These arrays hold so many more tokens."""
@@ -160,95 +143,126 @@ class PackedKVCache:
         self.offset += n_tokens
         self.packed = self.packed_after(self.offset)
 
-    def decoded(self, dtype: mx.Dtype = mx.float32) -> tuple[mx.array, mx.array]:
-        """All keys and values, (1, heads, tokens, dim)."""
-        sink = min(self.offset, self.sink)
-        recent = self.offset - sink - self.packed
-        parts = [self.arrays[:2], self._unpacked(), self.arrays[6:]]
-        counts = (sink, self.packed, recent)
-        keys, values = (
-            mx.concatenate([part[side][:, :, :n].astype(dtype) for part, n in zip(parts, counts, strict=True)], axis=2)
-            for side in (0, 1)
-        )
-        return keys, values
+    @property
+    def keys(self) -> mx.array:
+        """No tokens, (B, heads, 0, key_dim): for `cache.keys = mx.depends(cache.keys, others)` in models whose graphs
+        would grow otherwise. All keys are in `keys_and_values`."""
+        return mx.zeros((*self._form()[:2], 0, self._form().key_dim), self.arrays[-2].dtype)
 
-    def _unpacked(self) -> list[mx.array]:
-        _, heads, _, key_dim = self.arrays[0].shape
-        value_dim = self.arrays[1].shape[3]
-        shapes = [(1, heads, self.packed, dim) for dim in (key_dim, value_dim)]
-        if self.packed == 0:
-            return [mx.zeros(shape) for shape in shapes]
-        code = code_of(self.kv_bits, key_dim, value_dim)
-        params = library.AttendParams(n_kv_heads=heads, head_dim=key_dim, value_dim=value_dim, n_segments=1)
-        params.segments[0] = library.Segment(format=PACKED, count=self.packed)
-        params.code = code.structure
-        return lazy.call("tq_kv_unpack", params, self.arrays[2:6], [(s, mx.float32) for s in shapes], keep=code.pinned)
-
-    def _params(self, code: Code, heads: int, key_dim: int, value_dim: int, tokens: int) -> library.AttendParams:
-        """The cache as it is once it holds so many tokens."""
-        sink, packed = min(tokens, self.sink), self.packed_after(tokens)
-        params = library.AttendParams(n_kv_heads=heads, head_dim=key_dim, value_dim=value_dim, n_segments=3)
-        params.segments[0] = library.Segment(format=FLOAT16, count=sink)
-        params.segments[1] = library.Segment(format=PACKED, count=packed, position=sink)
-        params.segments[2] = library.Segment(format=FLOAT16, count=tokens - sink - packed, position=sink + packed)
-        params.code = code.structure
-        return params
+    @keys.setter
+    def keys(self, keys: mx.array) -> None:
+        self.arrays[-2] = mx.depends(self.arrays[-2], keys)
 
     # --- what mlx-lm asks of a cache ---
 
-    @property
-    def state(self) -> Any:
-        return self.arrays
-
-    @state.setter
-    def state(self, arrays: Any) -> None:
-        self.arrays = list(arrays)
-
-    @property
-    def meta_state(self) -> tuple[str, ...]:
-        numbers = (self.kv_bits.keys, self.kv_bits.values, self.sink, self.window, self.offset, self.packed)
-        return tuple(map(str, numbers))
-
-    @meta_state.setter
-    def meta_state(self, state: tuple[str, ...]) -> None:
-        keys, values, self.sink, self.window, self.offset, self.packed = map(int, state)
-        self.kv_bits = KVBits(keys, values)
-
-    @classmethod
-    def from_state(cls, state: Any, meta_state: tuple[str, ...]) -> "PackedKVCache":
-        made = cls(KVBits(8, 8))
-        made.state, made.meta_state = state, meta_state
-        return made
-
-    def is_trimmable(self) -> bool:
-        return True
-
-    def trim(self, n: int) -> int:
-        """Forget the last n tokens. A block that is cut is decoded back into the recent ones."""
-        n = min(self.offset, n)
-        left = self.offset - n
-        rest = max(left - self.sink, 0)
-        if rest < self.packed:
-            packed = rest // BLOCK * BLOCK
-            kept = [side[:, :, packed:rest].astype(mx.float16) for side in self._unpacked()]
-            recent = [mx.concatenate([new, old[:, :, rest - packed :]], axis=2)
-                      for new, old in zip(kept, self.arrays[6:], strict=True)]  # fmt: skip
-            self.arrays = [*self.arrays[:6], *recent]
-            self.packed = packed
-        self.offset = left
-        return n
+    def previous(self) -> int:
+        """Tokens before the next one that it sees."""
+        return self.offset
 
     def size(self) -> int:
         return self.offset
 
     def empty(self) -> bool:
-        return not self.arrays
+        return self.offset == 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in (*self.arrays, *self.fitted) if a is not None)
 
     def make_mask(self, *args: Any, **kwargs: Any) -> Any:
         from mlx_lm.models.cache import create_attention_mask
 
         return create_attention_mask(*args, offset=self.offset, **kwargs)
 
+    def is_trimmable(self) -> bool:
+        return self.dropped == 0
+
+    def trim(self, n: int) -> int:
+        """Forget the last n tokens. A block that is cut is decoded back into the recent ones."""
+        if not self.is_trimmable():
+            return 0
+        n = min(self.offset, n)
+        left = self.offset - n
+        rest = max(left - self.sink, 0)
+        if rest < self.packed:
+            packed = rest // BLOCK * BLOCK
+            storage = self._opened()
+            dtype = self.arrays[-1].dtype
+            both = storage.decoded(storage.view(self), dtype)
+            first = self.sink + packed
+            for side in (0, 1):
+                kept, recent = both[side][:, :, first : self.sink + rest], self.arrays[side - 2]
+                self.arrays[side - 2] = mx.concatenate([kept, recent[:, :, rest - packed :]], axis=2)
+            self.packed = packed
+        self.offset = left
+        return n
+
     @property
-    def nbytes(self) -> int:
-        return sum(a.nbytes for a in self.arrays)
+    def state(self) -> Any:
+        """Arrays, and all else as a line of JSON: what `from_state` needs, and files hold."""
+        return json.dumps(self._header()), self.arrays or None, *self.fitted
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        header, arrays, *fitted = state
+        self._read_header(json.loads(header))
+        self.arrays = list(arrays or [])
+        self.fitted = (fitted[0], fitted[1])
+
+    def _header(self) -> dict:
+        """What is no array."""
+        return {
+            "settings": asdict(self.settings),
+            "tokens": [self.offset, self.packed, self.dropped],
+            "form": self.form,
+            "storage": None if self.storage is None else self.storage.name,
+        }
+
+    def _read_header(self, header: dict) -> None:
+        PackedKVCache.__init__(self, KVSettings(**header["settings"]))
+        self.offset, self.packed, self.dropped = header["tokens"]
+        if header["form"] is not None:
+            self.form = Form(*header["form"])
+            self.storage = storages.named(header["storage"], self.settings, self.form, self.windowed)
+
+    @property
+    def meta_state(self) -> str:
+        """Nothing: `state` has it all."""
+        return ""
+
+    @classmethod
+    def from_state(cls, state: Any, meta_state: str = "") -> Any:
+        """The cache that had this state.
+
+        Raises:
+            TQError: It was in the memory of CPU kernels that cannot run here.
+        """
+        made = cls.__new__(cls)
+        made.state = state
+        return made
+
+    @classmethod
+    def merge(cls, caches: list[Any]) -> Any:
+        """One cache of several sequences, whatever their lengths."""
+        from tq.engine.cache.batch import BatchPackedKVCache
+
+        return BatchPackedKVCache.merge(caches)
+
+    def copy(self) -> Any:
+        """Another cache of the same tokens, which goes its own way. Arrays are shared until one of them writes."""
+        made = copy.copy(self)
+        made.arrays, made._fetched = list(self.arrays), Fetched()
+        return made
+
+    def _opened(self) -> Storage:
+        assert self.storage is not None, "no tokens yet"
+        return self.storage
+
+    def _form(self) -> Form:
+        assert self.form is not None, "no tokens yet"
+        return self.form
+
+
+def form_of(keys: mx.array, values: mx.array) -> Form:
+    batch, heads, _, key_dim = keys.shape
+    return Form(batch, heads, key_dim, values.shape[3], str(keys.dtype).removeprefix("mlx.core."))

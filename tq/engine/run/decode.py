@@ -5,10 +5,11 @@ CPU takes longer than a small model does.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+
+from tq.engine.run.context import Context
 
 PREFILL_STEP = 2048  # tokens of a prompt that go through the model at once, as in mlx-lm
 
@@ -16,20 +17,31 @@ Processor = Callable[[mx.array, mx.array], mx.array]  # tokens so far (n,), logi
 Picker = Callable[[mx.array], tuple[mx.array, mx.array]]  # logits (1, vocab) -> token (1,), its log-probability (1,)
 
 
+def prefill(model: nn.Module, context: Context, tokens: list[int], step: int = PREFILL_STEP) -> Iterator[int]:
+    """Let a model read tokens into its caches, and yield after each chunk how many it has read."""
+    for start in range(0, len(tokens), step):
+        chunk = tokens[start : start + step]
+        model(mx.array(chunk)[None], cache=context.caches)
+        mx.eval([cache.state for cache in context.caches])
+        mx.clear_cache()
+        context.tokens += chunk
+        yield start + len(chunk)
+
+
 def steps(
-    model: nn.Module, prompt: list[int], limit: int, cache: list[Any], processors: list[Processor], pick: Picker
+    model: nn.Module, prompt: list[int], limit: int, context: Context, processors: list[Processor], pick: Picker
 ) -> Iterator[tuple[int, float]]:
     """Yield at most `limit` tokens that follow the prompt, each with its log-probability.
 
     Args:
-        prompt: At least one token, which `cache` does not hold yet.
-        cache: mlx-lm's prompt cache; it ends up with the prompt and the yielded tokens, and one more if there is one.
+        prompt: Begins with the context's tokens, and has at least one more.
+        context: It ends up with the prompt and the yielded tokens, but for the last of `limit` ones.
     """
     tokens = mx.array(prompt)
 
     def step(inputs: mx.array) -> tuple[mx.array, mx.array]:
         nonlocal tokens
-        logits = model(inputs[None], cache=cache)[:, -1, :]
+        logits = model(inputs[None], cache=context.caches)[:, -1, :]
         for process in processors:
             logits = process(tokens, logits)
         token, logprob = pick(logits)
@@ -37,19 +49,19 @@ def steps(
             tokens = mx.concatenate([tokens, token])
         return token, logprob
 
-    rest = tokens
-    while len(rest) > 1:  # the last token goes alone: only its logits are wanted
-        chunk, rest = rest[:-1][:PREFILL_STEP], rest[min(PREFILL_STEP, len(rest) - 1) :]
-        model(chunk[None], cache=cache)
-        mx.eval([c.state for c in cache])
-        mx.clear_cache()
-    token, logprob = step(rest)
+    for _ in prefill(model, context, prompt[len(context.tokens) : -1]):  # the last goes alone: its logits are wanted
+        pass
+    token, logprob = step(tokens[-1:])
+    context.tokens.append(prompt[-1])
     mx.async_eval(token, logprob)
     for n in range(1, limit + 1):
         following = step(token) if n < limit else None
         if following:
             mx.async_eval(*following)
-        yield int(token.item()), float(logprob.item())  # type: ignore[arg-type]
+        token_id = int(token.item())  # type: ignore[arg-type]
+        if following:
+            context.tokens.append(token_id)
+        yield token_id, float(logprob.item())  # type: ignore[arg-type]
         if following is None:
             return
         token, logprob = following

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -10,18 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
-from tq.engine.cache.packed import KVBits
+from tq.engine.cache.settings import BLOCK, KVSettings
 from tq.engine.events import Progress
+from tq.engine.run import scores
 from tq.engine.run.generate import bos_tokens, context_length, prompt_cache
 from tq.errors import TQError, UsageError
 
 if TYPE_CHECKING:
     from tq.engine.model.load import LoadedModel
-
-# Logits that are worked on at once, 64 MiB of float32: 64 positions of a vocabulary of 256 K.
-_CHUNK_ELEMENTS = 2**24
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ def evaluate(
     samples: int | None = None,
     reference: LoadedModel | None = None,
     batch_size: int = 1,
-    kv_bits: KVBits | None = None,
+    kv: KVSettings | None = None,
     data: str = "text",
 ) -> Iterator[Progress | EvalResult]:
     """Measure a model on a text, window by window; the last event is the EvalResult.
@@ -105,7 +103,8 @@ def evaluate(
         samples: Number of windows, from the beginning of the text; None takes all.
         reference: A model with the same tokenizer, resident at the same time.
         batch_size: Windows in one forward pass; each model then holds batch_size * seq_len * vocabulary logits.
-        kv_bits: Keep the model's keys and values packed, in so many bits; then batch_size is 1.
+        kv: Keep the model's keys and values packed like this. A window then goes through the model in steps of 64
+            tokens, so that later tokens read packed ones as they do when text is generated.
         data: The text's name in the result.
 
     Raises:
@@ -120,7 +119,7 @@ def evaluate(
             raise UsageError(f"seq_len must be from 2 to {context}, the model's context, not {seq_len}")
     if batch_size < 1:
         raise UsageError(f"batch_size must be 1 or more, not {batch_size}")
-    windows = _windows(loaded.tokenizer, text, seq_len)
+    windows = cut_windows(loaded.tokenizer, text, seq_len)
     if samples is not None:
         if not 1 <= samples <= len(windows):
             raise UsageError(
@@ -130,9 +129,7 @@ def evaluate(
         windows = windows[:samples]
     if reference is not None:
         _check_same_tokenizer(loaded.tokenizer, reference.tokenizer, text)
-    if kv_bits is not None and batch_size != 1:
-        raise UsageError(f"batch_size must be 1 with packed keys and values, not {batch_size}")
-    return _events(loaded, windows, reference, batch_size, kv_bits, data)
+    return _events(loaded, windows, reference, batch_size, kv, data)
 
 
 def _events(
@@ -140,18 +137,15 @@ def _events(
     windows: np.ndarray,
     reference: LoadedModel | None,
     batch_size: int,
-    kv_bits: KVBits | None,
+    kv: KVSettings | None,
     data: str,
 ) -> Iterator[Progress | EvalResult]:
-    scores: list[dict[str, np.ndarray]] = []
+    found: list[dict[str, np.ndarray]] = []
     yield Progress(0, len(windows), "windows", "evaluate")
     for start in range(0, len(windows), batch_size):
         batch = mx.array(windows[start : start + batch_size])
         inputs, targets = batch[:, :-1], batch[:, 1:]
-        if kv_bits is None:
-            logits = loaded.model(inputs)
-        else:
-            logits = loaded.model(inputs, cache=prompt_cache(loaded.model, kv_bits))
+        logits = loaded.model(inputs) if kv is None else _packed_logits(loaded.model, inputs, kv)
         reference_logits = None
         if reference is not None:
             reference_logits = reference.model(inputs)
@@ -161,8 +155,8 @@ def _events(
                     f"{reference_logits.shape[-1]}: KL needs the same number",
                     hint="take the checkpoint that the model was made from as reference",
                 )
-        scores.append(_score(logits, targets, reference_logits))
-        for name, values in scores[-1].items():
+        found.append(scores.score(logits, targets, reference_logits))
+        for name, values in found[-1].items():
             if not np.isfinite(values).all():
                 culprit = reference if reference and name == "reference_nll" else loaded
                 raise TQError(
@@ -170,42 +164,17 @@ def _events(
                     hint="the weights may be damaged, or overflow in float16",
                 )
         yield Progress(start + len(batch), len(windows), "windows", "evaluate")
-    per_token = {name: np.concatenate([s[name] for s in scores]).astype(np.float64) for name in scores[0]}
+    per_token = {name: np.concatenate([f[name] for f in found]).astype(np.float64) for name in found[0]}
     yield _result(loaded, reference, data, windows.shape, per_token)
 
 
-def _score(logits: mx.array, targets: mx.array, reference_logits: mx.array | None) -> dict[str, np.ndarray]:
-    """Per-token values, each (B, L): "nll", and with a reference "reference_nll", "kl" and "same_top1".
-
-    Shapes:
-        logits, reference_logits: (B, L, vocab) of any float type; the work is in float32, by positions.
-        targets: (B, L)
-    """
-    batch, length, vocab = logits.shape
-    step = max(1, _CHUNK_ELEMENTS // (batch * vocab))
-    chunks = []
-    for at in range(0, length, step):
-        part = slice(at, at + step)
-        target = targets[:, part, None]
-        log_p = _log_softmax(logits[:, part])
-        scores = {"nll": -mx.take_along_axis(log_p, target, axis=-1)[..., 0]}
-        if reference_logits is not None:
-            log_q = _log_softmax(reference_logits[:, part])
-            q = mx.exp(log_q)
-            # 0 * log(0 / p) is 0, also where both models exclude a token (-inf minus -inf).
-            kl = mx.where(q > 0, q * (log_q - log_p), 0).sum(axis=-1)
-            scores["reference_nll"] = -mx.take_along_axis(log_q, target, axis=-1)[..., 0]
-            scores["kl"] = mx.maximum(kl, 0)  # rounding can leave -1e-7
-            scores["same_top1"] = mx.argmax(log_p, axis=-1) == mx.argmax(log_q, axis=-1)
-        mx.eval(scores)
-        chunks.append(scores)
-    return {name: np.concatenate([np.array(c[name]) for c in chunks], axis=1) for name in chunks[0]}
-
-
-def _log_softmax(logits: mx.array) -> mx.array:
-    logits = logits.astype(mx.float32)
-    logits = logits - logits.max(axis=-1, keepdims=True)  # an offset that all logits share would cost digits
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+def _packed_logits(model: nn.Module, inputs: mx.array, kv: KVSettings) -> mx.array:
+    """What the model predicts with packed keys and values, (B, L, vocab)."""
+    caches, logits = prompt_cache(model, kv), []
+    for start in range(0, inputs.shape[1], BLOCK):
+        logits.append(model(inputs[:, start : start + BLOCK], cache=caches))
+        mx.eval(logits[-1], [cache.state for cache in caches])
+    return mx.concatenate(logits, axis=1)
 
 
 def _result(
@@ -215,48 +184,15 @@ def _result(
     shape: tuple[int, ...],
     per_token: dict[str, np.ndarray],
 ) -> EvalResult:
-    nll = per_token["nll"]
-    fields: dict = {}
-    if reference is not None:
-        kl, same = per_token["kl"], per_token["same_top1"]
-        reference_perplexity, reference_error = _perplexity(per_token["reference_nll"])
-        fields = {
-            "reference": str(reference.path),
-            "reference_perplexity": reference_perplexity,
-            "reference_perplexity_error": reference_error,
-            "kl_mean": kl.mean().item(),
-            "kl_mean_error": _window_error(kl),
-            "kl_median": np.median(kl).item(),
-            "kl_p99": np.percentile(kl, 99).item(),
-            "kl_max": kl.max().item(),
-            "top1_agreement": same.mean().item(),
-            "top1_agreement_error": _window_error(same),
-        }
-    perplexity, perplexity_error = _perplexity(nll)
     return EvalResult(
         model=str(loaded.path),
         data=data,
         seq_len=shape[1],
         windows=shape[0],
-        tokens=nll.size,
-        perplexity=perplexity,
-        perplexity_error=perplexity_error,
-        **fields,
+        tokens=per_token["nll"].size,
+        reference=None if reference is None else str(reference.path),
+        **scores.summary(per_token),
     )
-
-
-def _window_error(values: np.ndarray) -> float | None:
-    """Standard error of the mean of `values` (windows, tokens), taking windows as the independent samples."""
-    means = values.mean(axis=1)
-    return None if len(means) < 2 else means.std(ddof=1).item() / math.sqrt(len(means))
-
-
-def _perplexity(nll: np.ndarray) -> tuple[float, float | None]:
-    """Perplexity and its standard error from negative log-likelihoods (windows, tokens)."""
-    with np.errstate(over="ignore"):  # a ruined model may reach infinity
-        perplexity = np.exp(nll.mean()).item()
-    error = _window_error(nll)
-    return perplexity, None if error is None else perplexity * error
 
 
 def _token_ids(tokenizer, text: str) -> list[int]:
@@ -264,7 +200,7 @@ def _token_ids(tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
 
-def _windows(tokenizer, text: str, seq_len: int) -> np.ndarray:
+def cut_windows(tokenizer, text: str, seq_len: int) -> np.ndarray:
     """The text as windows of token ids, (windows, seq_len)."""
     bos = bos_tokens(tokenizer)
     ids = _token_ids(tokenizer, text)

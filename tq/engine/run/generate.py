@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import resource
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,9 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import mlx.core as mx
 import mlx.nn as nn
 
-from tq.engine.cache.packed import KVBits, pack_caches
+from tq.engine.cache.convert import pack, summary
+from tq.engine.cache.settings import KVSettings
+from tq.engine.cache.storage import slow
 from tq.engine.events import Note
-from tq.engine.run import decode
+from tq.engine.run import decode, memory
+from tq.engine.run.context import Context
 from tq.engine.run.sampling import (
     GenerateOptions,
     generation_config,
@@ -24,6 +25,7 @@ from tq.engine.run.sampling import (
     resolve_options,
     token_picker,
 )
+from tq.engine.run.thinking import overlap
 from tq.errors import TQError, UsageError
 
 if TYPE_CHECKING:
@@ -47,11 +49,13 @@ class Token:
 class Finished:
     """The last event. "stop": end-of-sequence or a stop string; "length": max_tokens, or the context is full.
 
-    Prefill lasts until the first token is known; decode is every token after that one.
+    Prefill lasts until the first token is known; decode is every token after that one. `cached_tokens` of the prompt
+    had been read before.
     """
 
     reason: Literal["stop", "length"]
     prompt_tokens: int
+    cached_tokens: int
     tokens: int
     prefill_seconds: float
     decode_seconds: float
@@ -86,10 +90,21 @@ def encode_prompt(
             return tokenizer.encode(prompt, add_special_tokens=False)
         return bos_tokens(tokenizer) + tokenizer.encode(prompt, add_special_tokens=False)
 
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    return encode_messages(tokenizer, [*messages, {"role": "user", "content": prompt}], think)
+
+
+def encode_messages(tokenizer, messages: list[dict[str, str]], think: bool = True) -> list[int]:
+    """Turn a conversation into token ids, through the chat template, up to where an answer begins.
+
+    Args:
+        messages: Each with "role" (system, user or assistant) and "content".
+
+    Raises:
+        TQError: The template refuses the messages.
+    """
     from jinja2 import TemplateError
 
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    messages.append({"role": "user", "content": prompt})
     switches = dict.fromkeys(_thinking_switches(tokenizer), think)
     try:
         return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, **switches))
@@ -135,7 +150,8 @@ def generate(
     loaded: LoadedModel,
     prompt_tokens: Sequence[int],
     options: GenerateOptions | None = None,
-    kv_bits: KVBits | None = None,
+    kv: KVSettings | None = None,
+    context: Context | None = None,
 ) -> Iterator[Token | Finished]:
     """Continue a prompt, one event per token, then one Finished.
 
@@ -143,7 +159,8 @@ def generate(
     Closing the iterator early (Ctrl-C) stops the model and gives its memory back.
 
     Args:
-        kv_bits: Keep keys and values packed, in so many bits; None keeps them in float16 or as the model has them.
+        kv: Keep keys and values packed like this; None keeps them in float16 or as the model has them.
+        context: What the model has read already: a beginning of the prompt. It goes on with the prompt and the answer.
 
     Raises:
         UsageError: No prompt tokens.
@@ -153,32 +170,53 @@ def generate(
     if len(prompt_tokens) == 0:
         raise UsageError("the prompt is empty: the model needs at least 1 token to continue")
     limit = options.max_tokens
-    context = context_length(loaded.config)
-    if context is not None:
-        if len(prompt_tokens) >= context:
+    most = context_length(loaded.config)
+    if most is not None:
+        if len(prompt_tokens) >= most:
             raise TQError(
-                f"the prompt has {len(prompt_tokens)} tokens and this model takes 1 to {context - 1}, "
-                f"so that its context of {context} has room for an answer",
+                f"the prompt has {len(prompt_tokens)} tokens and this model takes 1 to {most - 1}, "
+                f"so that its context of {most} has room for an answer",
                 hint="shorten the prompt, or choose a model with a longer context",
             )
-        limit = min(limit, context - len(prompt_tokens))
-    return _events(loaded, list(prompt_tokens), options, limit, prompt_cache(loaded.model, kv_bits))
+        limit = min(limit, most - len(prompt_tokens))
+    if context is None:
+        context = Context(lambda: prompt_cache(loaded.model, kv))
+    return _events(loaded, list(prompt_tokens), options, limit, context)
 
 
-def prompt_cache(model: nn.Module, kv_bits: KVBits | None) -> list[Any]:
-    """An empty cache for each layer.
+def prompt_cache(model: nn.Module, kv: KVSettings | None) -> list[Any]:
+    """An empty cache for each layer, packed as far as it can be if `kv` is given.
 
     Raises:
-        TQError: It cannot be packed.
+        TQError: No layer's can be packed.
     """
     from mlx_lm.models.cache import make_prompt_cache
 
     caches = make_prompt_cache(model)
-    return caches if kv_bits is None else pack_caches(caches, kv_bits)
+    if kv is not None:
+        pack(caches, kv, model)
+    return caches
+
+
+def packing_notes(model: nn.Module, kv: KVSettings | None) -> list[Note]:
+    """Which caches of a model `prompt_cache` leaves as they are, and whether packed ones are slow, and why.
+
+    Raises:
+        TQError: No layer's can be packed.
+    """
+    from mlx_lm.models.cache import make_prompt_cache
+
+    if kv is None:
+        return []
+    notes = [Note(line) for line in summary(pack(make_prompt_cache(model), kv, model))]
+    reason = slow(kv)
+    if reason is not None:
+        notes.append(Note(f"packed keys and values save memory here, not time: no kernel reads them ({reason})"))
+    return notes
 
 
 def _events(
-    loaded: LoadedModel, prompt_tokens: list[int], options: GenerateOptions, limit: int, cache: list[Any]
+    loaded: LoadedModel, prompt_tokens: list[int], options: GenerateOptions, limit: int, context: Context
 ) -> Iterator[Token | Finished]:
     from mlx_lm.utils import maybe_set_recommended_wired_limit
 
@@ -191,12 +229,13 @@ def _events(
         mx.random.seed(options.seed)
     mx.reset_peak_memory()
     wired_limit = maybe_set_recommended_wired_limit()
+    cached = len(context.tokens)
     start = prefilled = time.perf_counter()
     steps = decode.steps(
         loaded.model,
         prompt_tokens,
         limit,
-        cache,
+        context,
         logits_processors(options, len(prompt_tokens), end_ids),
         token_picker(options, len(loaded.tokenizer)),
     )
@@ -232,21 +271,14 @@ def _events(
     yield Finished(
         reason=reason,
         prompt_tokens=len(prompt_tokens),
+        cached_tokens=cached,
         tokens=count,
         prefill_seconds=prefill_seconds,
         decode_seconds=decode_seconds,
-        prefill_tokens_per_second=len(prompt_tokens) / prefill_seconds,
+        prefill_tokens_per_second=(len(prompt_tokens) - cached) / prefill_seconds,
         decode_tokens_per_second=(count - 1) / decode_seconds if count > 1 else 0.0,
-        peak_memory_bytes=_peak_memory_bytes(),
+        peak_memory_bytes=memory.peak_bytes(),
     )
-
-
-def _peak_memory_bytes() -> int:
-    """On a GPU, of MLX's arrays in this answer; on a CPU, of the process: kernels' weights are no arrays."""
-    if mx.default_device() != mx.Device(mx.cpu):
-        return mx.get_peak_memory()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class _StopFilter:
@@ -262,15 +294,10 @@ class _StopFilter:
         found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
         if found:
             return self.held[: min(found)], True
-        keep = max((_overlap(self.held, stop) for stop in self.stops), default=0)
+        keep = max((overlap(self.held, stop) for stop in self.stops), default=0)
         split = len(self.held) - keep
         text, self.held = self.held[:split], self.held[split:]
         return text, False
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
-    return next(n for n in range(min(len(text), len(stop)), -1, -1) if text.endswith(stop[:n]))
 
 
 def _end_ids(loaded: LoadedModel) -> set[int]:
