@@ -11,7 +11,7 @@ from functools import lru_cache
 import mlx.core as mx
 
 from tq.metal.fit import MOST_TERMS, Decoding, decoding
-from tq.metal.kernel import Kernel, Template
+from tq.metal.kernel import Kernel, Launch, Template
 
 INPUTS = (
     *("q", "rotated_q", "keys", "key_scales", "values", "value_scales", "key_levels", "value_levels"),
@@ -160,29 +160,31 @@ def attend(
         template |= {"SINKS": plan.final and sinks is not None}
     lead = (B, n_heads, length, sum(plan.splits))
     sink_logits = shape if sinks is None else sinks
+    launch = Launch(
+        template,
+        grid=(sum(plan.splits) * plan.threads, plan.blocks, B * key_heads),
+        threadgroup=(plan.threads, 1, 1),
+        outputs=[((*lead, value.dim), out_type), (lead, mx.float32), (lead, mx.float32)],
+    )
     partial = plan.kernel(
         [
             *(q, rotated, *_present(tokens.keys), *_present(tokens.values), key_form.levels, value_form.levels),
             *(*_present(tokens.sink), *_present(tokens.recent)),
             *(mask, shape if starts is None else starts, sink_logits, shape, _floats(scale, softcap)),
         ],
-        template,
-        grid=(sum(plan.splits) * plan.threads, plan.blocks, B * key_heads),
-        threadgroup=(plan.threads, 1, 1),
-        outputs=[((*lead, value.dim), out_type), (lead, mx.float32), (lead, mx.float32)],
+        launch,
     )
     if plan.final:
         return (partial[0].squeeze(3) @ _as(value.rotation, staged)).astype(dtype)
     columns = -(-value.dim // 32) * 32
     parts = COMBINE_THREADS // columns
-    (out,) = COMBINE(
-        [*partial, value.rotation, sink_logits, shape],
+    launch = Launch(
         {"T": dtype, "VALUE_DIM": value.dim, "PARTS": parts, "SINKS": sinks is not None},
         grid=(B * n_heads * length * columns * parts, 1, 1),
         threadgroup=(columns * parts, 1, 1),
         outputs=[((B, n_heads, length, value.dim), dtype)],
     )
-    return out
+    return COMBINE([*partial, value.rotation, sink_logits, shape], launch)[0]
 
 
 def kernel_of(n_rows: int, dim: int) -> str:

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 
 from tq.metal.fit import decoding
-from tq.metal.kernel import Kernel
+from tq.metal.kernel import Kernel, Launch
 from tq.metal.matvec import run_length
 from tq.metal.variants import Case, Codes, Variant, random_matrix, type_name
 
@@ -35,8 +35,7 @@ def embed(
     """
     decoder = decoding(codebook, bits, mx.float32)  # exact: nothing here waits for arithmetic
     runs = -(-in_features // run_length(bits))
-    (y,) = KERNEL(
-        [ids, weight, scales, decoder.levels],
+    launch = Launch(
         {
             "T": dtype,
             "BITS": bits,
@@ -49,7 +48,7 @@ def embed(
         threadgroup=(THREADS, 1, 1),
         outputs=[((ids.size, in_features), dtype)],
     )
-    return y
+    return KERNEL([ids, weight, scales, decoder.levels], launch)[0]
 
 
 def variants(

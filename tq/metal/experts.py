@@ -6,12 +6,13 @@ uint32 (n,), expert e is read at ``slots[e]`` of all arrays of a matrix: experts
 the model gives them, and lie where there was room.
 """
 
+from functools import lru_cache
 from typing import Literal
 
 import mlx.core as mx
 
 from tq.metal.fit import decoding
-from tq.metal.kernel import Kernel, Template
+from tq.metal.kernel import Kernel, Launch
 from tq.metal.matmul import ENOUGH, THREADS
 from tq.metal.matvec import ROWS, run_length
 
@@ -62,32 +63,13 @@ def gather(
         return gather_tiles(x, weight, scales, codebook, experts, bits, group_size, bias, slots)
     decoder = decoding(codebook, bits, x.dtype)
     together = TOGETHER if neighbours else 1
-    template, grid = _pairs(x, rows, pairs, bits, together)
-    (y,) = GATHER(
-        # A kernel has all of its inputs: others stand in for those that are not read.
-        [
-            x,
-            weight,
-            scales,
-            decoder.levels,
-            scales if bias is None else bias,
-            experts,
-            experts if slots is None else slots,
-        ],
-        {
-            **template,
-            "M": together,
-            "GROUP": group_size,
-            "FORM": decoder.form,
-            "TABLE": decoder.table_size,
-            "BIAS": bias is not None,
-            "SLOTS": slots is not None,
-        },
-        grid=grid,
-        threadgroup=(32 * SIMD_GROUPS, 1, 1),
-        outputs=[((pairs, rows), x.dtype)],
+    extra = ("M", together), ("FORM", decoder.form), ("TABLE", decoder.table_size)
+    launch = _launch(
+        (x.shape, rows, pairs), x.dtype, bits, group_size, bias is not None, slots is not None, together, extra
     )
-    return y
+    # A kernel has all of its inputs: others stand in for those that are not read.
+    bias, slots = scales if bias is None else bias, experts if slots is None else slots
+    return GATHER([x, weight, scales, decoder.levels, bias, experts, slots], launch)[0]
 
 
 def gather_tiles(
@@ -109,16 +91,7 @@ def gather_tiles(
     # A tile works on one expert at a time: where experts have few rows, larger tiles only make threadgroups fewer.
     bm = 64 if pairs >= 64 * n_experts else 32
     bn = 64 if -(-pairs // bm) * -(-rows // 64) >= ENOUGH else 32
-    (y,) = GATHER_TILES(
-        [
-            x,
-            weight,
-            scales,
-            decoder.levels,
-            scales if bias is None else bias,
-            experts,
-            experts if slots is None else slots,
-        ],
+    launch = Launch(
         {
             "T": x.dtype,
             "BITS": bits,
@@ -135,7 +108,8 @@ def gather_tiles(
         threadgroup=(THREADS, 1, 1),
         outputs=[((pairs, rows), x.dtype)],
     )
-    return y
+    bias, slots = scales if bias is None else bias, experts if slots is None else slots
+    return GATHER_TILES([x, weight, scales, decoder.levels, bias, experts, slots], launch)[0]
 
 
 def gate_up(
@@ -161,47 +135,63 @@ def gate_up(
     gate_decoder, up_decoder = (decoding(matrix[2], bits, x.dtype) for matrix in (gate, up))
     if (gate_bias is None) != (up_bias is None):
         raise ValueError("of gate and up, only one has a bias")
-    template, grid = _pairs(x, rows, pairs, bits, 1)
-    (y,) = GATE_UP(
-        [
-            x,
-            *(gate[0], gate[1], gate_decoder.levels, gate[1] if gate_bias is None else gate_bias),
-            *(up[0], up[1], up_decoder.levels, up[1] if up_bias is None else up_bias),
-            experts,
-            experts if slots is None else slots,
-            mx.array([alpha, limit], dtype=mx.float32),
-        ],
-        {
-            **template,
-            "GROUP": group_size,
-            "GATE_FORM": gate_decoder.form,
-            "GATE_TABLE": gate_decoder.table_size,
-            "UP_FORM": up_decoder.form,
-            "UP_TABLE": up_decoder.table_size,
-            "ACTIVATION": ACTIVATIONS.index(activation),
-            "BIAS": gate_bias is not None,
-            "SLOTS": slots is not None,
-        },
-        grid=grid,
-        threadgroup=(32 * SIMD_GROUPS, 1, 1),
-        outputs=[((pairs, rows), x.dtype)],
+    extra = (
+        *(("GATE_FORM", gate_decoder.form), ("GATE_TABLE", gate_decoder.table_size)),
+        *(("UP_FORM", up_decoder.form), ("UP_TABLE", up_decoder.table_size)),
+        ("ACTIVATION", ACTIVATIONS.index(activation)),
     )
-    return y
+    launch = _launch(
+        (x.shape, rows, pairs), x.dtype, bits, group_size, gate_bias is not None, slots is not None, 1, extra
+    )
+    inputs = [
+        x,
+        *(gate[0], gate[1], gate_decoder.levels, gate[1] if gate_bias is None else gate_bias),
+        *(up[0], up[1], up_decoder.levels, up[1] if up_bias is None else up_bias),
+        *(experts, experts if slots is None else slots, _constants(alpha, limit)),
+    ]
+    return GATE_UP(inputs, launch)[0]
 
 
-def _pairs(x: mx.array, rows: int, pairs: int, bits: int, together: int) -> tuple[Template, tuple[int, int, int]]:
-    """How lanes share the rows of W, and the grid: whole threadgroups along the rows, and pairs ``together``."""
-    runs = -(-x.shape[1] // run_length(bits))
+@lru_cache
+def _constants(alpha: float, limit: float) -> mx.array:
+    return mx.array([alpha, limit], dtype=mx.float32)
+
+
+@lru_cache(maxsize=4096)
+def _launch(
+    shape: tuple[tuple[int, ...], int, int],
+    dtype: mx.Dtype,
+    bits: int,
+    group_size: int,
+    bias: bool,
+    slots: bool,
+    together: int,
+    extra: tuple[tuple[str, int], ...],
+) -> Launch:
+    """How a kernel of pairs is run. shape: of x, rows of W, pairs; ``together``: neighbouring pairs of one SIMD-group.
+
+    Lanes share the rows of W; the grid is whole threadgroups along the rows, and pairs.
+    """
+    (x_rows, columns), rows, pairs = shape
+    runs = -(-columns // run_length(bits))
     # The more lanes, the longer a read from memory; but few of them may be left without columns. Pairs make
     # threadgroups enough, so that nothing else has to share a row.
     lanes = next((n for n in LANES if runs >= LEAST_BUSY * n * -(-runs // n)), LANES[-1])
     threadgroups = -(-rows // (ROWS * SIMD_GROUPS * 32 // lanes))
-    template: Template = {
-        "T": x.dtype,
-        "BITS": bits,
-        "WHOLE": x.shape[1] % run_length(bits) == 0,
-        "ROWS": ROWS,
-        "LK": lanes,
-        "PAIRS_PER_X": pairs // x.shape[0],
-    }
-    return template, (threadgroups * 32 * SIMD_GROUPS, -(-pairs // together), 1)
+    return Launch(
+        {
+            "T": dtype,
+            "BITS": bits,
+            "GROUP": group_size,
+            "WHOLE": columns % run_length(bits) == 0,
+            "ROWS": ROWS,
+            "LK": lanes,
+            "PAIRS_PER_X": pairs // x_rows,
+            "BIAS": bias,
+            "SLOTS": slots,
+            **dict(extra),
+        },
+        grid=(threadgroups * 32 * SIMD_GROUPS, -(-pairs // together), 1),
+        threadgroup=(32 * SIMD_GROUPS, 1, 1),
+        outputs=[((pairs, rows), dtype)],
+    )

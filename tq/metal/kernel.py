@@ -8,7 +8,7 @@ helpers of another file.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,35 @@ INCLUDE = re.compile(r'^#include "([\w.]+)"\n', re.MULTILINE)
 BODY = "// body\n"
 
 Template = dict[str, mx.Dtype | int | bool]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """How a kernel is run: all but its inputs. Made once for a shape: a model makes hundreds of calls for a token.
+
+    Attributes:
+        template: Values of its template arguments: types, and integers that are not negative.
+        grid: Threads, in all.
+        threadgroup: Threads in one group.
+        outputs: Shape and type of each.
+    """
+
+    template: Template
+    grid: tuple[int, int, int]
+    threadgroup: tuple[int, int, int]
+    outputs: Sequence[tuple[Shape, mx.Dtype]]
+
+    @cached_property
+    def arguments(self) -> dict[str, Any]:
+        """For the function that MLX makes of a kernel."""
+        return {
+            "template": list(self.template.items()),
+            "grid": self.grid,
+            "threadgroup": self.threadgroup,
+            "output_shapes": [shape for shape, _ in self.outputs],
+            "output_dtypes": [dtype for _, dtype in self.outputs],
+        }
 
 
 @cache
@@ -50,32 +79,9 @@ class Kernel:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
-    def __call__(
-        self,
-        inputs: Sequence[mx.array],
-        template: Template,
-        grid: tuple[int, int, int],
-        threadgroup: tuple[int, int, int],
-        outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]],
-    ) -> list[mx.array]:
-        """Run it, lazily.
-
-        Args:
-            inputs: As named. MLX copies those that are not row-contiguous.
-            template: Values of its template arguments: types, and integers that are not negative.
-            grid: Threads, in all.
-            threadgroup: Threads in one group.
-            outputs: Shape and type of each.
-        """
-        function = _build(self, mx.fast.metal_kernel)
-        return function(
-            inputs=list(inputs),
-            template=list(template.items()),
-            grid=grid,
-            threadgroup=threadgroup,
-            output_shapes=[shape for shape, _ in outputs],
-            output_dtypes=[dtype for _, dtype in outputs],
-        )
+    def __call__(self, inputs: list[mx.array], launch: Launch) -> list[mx.array]:
+        """Run it, lazily. inputs: as named; MLX copies those that are not row-contiguous."""
+        return _build(self, mx.fast.metal_kernel)(inputs=inputs, **launch.arguments)
 
 
 @cache

@@ -5,7 +5,7 @@ from functools import lru_cache
 import mlx.core as mx
 
 from tq.metal.attend import FLOATS, Codes
-from tq.metal.kernel import Kernel
+from tq.metal.kernel import Kernel, Launch
 
 KERNEL = Kernel("kv_encode", ("x", "rotation", "codebook"), ("words", "scales"))
 SIMD_GROUPS = 4  # as in kv_encode.metal
@@ -38,13 +38,13 @@ def encode(x: mx.array, codes: Codes) -> tuple[mx.array, mx.array]:
     vectors = min(4, max(REGISTER_NUMBERS // dim, 1))
     blocks = -(-B * heads * n // (SIMD_GROUPS * vectors))
     groups = dim // codes.group_size if codes.group_size else 1
-    words, scales = KERNEL(
-        [x, _transposed(codes.rotation), codes.codebook],
+    launch = Launch(
         {"BITS": codes.bits, "DIM": dim, "GROUP": codes.group_size, "VECTORS": vectors},
         grid=(blocks * SIMD_GROUPS * 32, 1, 1),
         threadgroup=(SIMD_GROUPS * 32, 1, 1),
         outputs=[((B, heads, n, -(-dim * codes.bits // 32)), mx.uint32), ((B, heads, n, groups), mx.float16)],
     )
+    words, scales = KERNEL([x, _transposed(codes.rotation), codes.codebook], launch)
     return words, scales
 
 

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from tq.metal.fit import decoding
-from tq.metal.kernel import Kernel
+from tq.metal.kernel import Kernel, Launch
 from tq.metal.matvec import run_length
 from tq.metal.variants import Case, Codes, Variant, random_matrix, random_rows, type_name
 
@@ -49,8 +49,7 @@ def matmul(
     rows, out_features = x.shape[0], weight.shape[0]
     bm, bn = tile_shape(rows, out_features)
     how = decoding(codebook, bits, x.dtype)
-    (y,) = KERNEL(
-        [x, weight, scales, how.levels, scales if bias is None else bias],
+    launch = Launch(
         {
             "T": x.dtype,
             "BITS": bits,
@@ -66,7 +65,7 @@ def matmul(
         threadgroup=(THREADS, 1, 1),
         outputs=[((rows, out_features), x.dtype)],
     )
-    return y
+    return KERNEL([x, weight, scales, how.levels, scales if bias is None else bias], launch)[0]
 
 
 def variants(

@@ -1,13 +1,14 @@
 """Launches matvec.metal: a packed matrix times one row (decode) or a few (speculation, small batches)."""
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from tq.metal.fit import decoding
-from tq.metal.kernel import Kernel
+from tq.metal.kernel import Kernel, Launch
 from tq.metal.variants import Case, Codes, Variant, random_matrix, random_rows, type_name
 
 KERNEL = Kernel("matvec", ("x", "w", "scales", "levels", "bias"), ("y",))
@@ -81,20 +82,29 @@ def matvec(
         group_size: Columns that share a scale; 0 for all.
         bias: (out,) of any float type.
     """
-    (tokens, columns), rows = x.shape, weight.shape[0]
-    how = arrange(rows, columns, bits)
+    tokens, columns = x.shape
     decoder = decoding(codebook, bits, x.dtype)
+    codes = bits, group_size, decoder.form, decoder.table_size
+    # A kernel has all of its inputs: scales stand in for a bias, which is not read then.
+    inputs = [x, weight, scales, decoder.levels, scales if bias is None else bias]
+    return KERNEL(inputs, _launch(tokens, columns, weight.shape[0], x.dtype, codes, bias is not None))[0]
+
+
+@lru_cache(maxsize=4096)
+def _launch(
+    tokens: int, columns: int, rows: int, dtype: mx.Dtype, codes: tuple[int, int, int, int], bias: bool
+) -> Launch:
+    bits, group_size, form, table_size = codes
+    how = arrange(rows, columns, bits)
     together = min(MOST_ROWS, 1 << (tokens - 1).bit_length())
     sets = how.simd_groups // how.split * (32 // how.lanes)  # of ROWS rows, in a threadgroup
     threads = 32 * how.simd_groups
-    (y,) = KERNEL(
-        # A kernel has all of its inputs: scales stand in for a bias, which is not read then.
-        [x, weight, scales, decoder.levels, scales if bias is None else bias],
+    return Launch(
         {
-            "T": x.dtype,
+            "T": dtype,
             "BITS": bits,
-            "FORM": decoder.form,
-            "TABLE": decoder.table_size,
+            "FORM": form,
+            "TABLE": table_size,
             "GROUP": group_size,
             "WHOLE": columns % run_length(bits) == 0,
             "M": together,
@@ -102,13 +112,12 @@ def matvec(
             "LK": how.lanes,
             "SPLIT": how.split,
             "SIMD_GROUPS": how.simd_groups,
-            "BIAS": bias is not None,
+            "BIAS": bias,
         },
         grid=(-(-rows // (sets * ROWS)) * threads, -(-tokens // together), 1),
         threadgroup=(threads, 1, 1),
-        outputs=[((tokens, rows), x.dtype)],
+        outputs=[((tokens, rows), dtype)],
     )
-    return y
 
 
 def variants(

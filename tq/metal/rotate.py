@@ -1,13 +1,14 @@
 """Launches rotate.metal: the randomized Hadamard rotation and its inverse, signs included."""
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from tq.engine.quantize.rotation import HADAMARD_FACTORS, hadamard_block, random_signs, transposed_hadamard
-from tq.metal.kernel import Kernel
+from tq.metal.kernel import Kernel, Launch
 from tq.metal.variants import Case, Variant, random_rows, type_name
 
 KERNEL = Kernel("rotate", ("x", "signs"), ("y",))
@@ -42,23 +43,23 @@ def declines(n: int) -> str | None:
 
 def rotate(x: mx.array, signs: mx.array, block: int) -> mx.array:
     """y = H (signs * x) in blocks of ``block`` features. x: (rows, n), signs: (n,) of any float type."""
-    return _run(x, signs, block, inverse=False)
+    return KERNEL([x, signs], _launch(x.shape, x.dtype, block, False))[0]
 
 
 def unrotate(y: mx.array, signs: mx.array, block: int) -> mx.array:
     """The inverse: x = signs * (H^T y)."""
-    return _run(y, signs, block, inverse=True)
+    return KERNEL([y, signs], _launch(y.shape, y.dtype, block, True))[0]
 
 
-def _run(x: mx.array, signs: mx.array, block: int, inverse: bool) -> mx.array:
+@lru_cache(maxsize=1024)
+def _launch(shape: tuple[int, int], dtype: mx.Dtype, block: int, inverse: bool) -> Launch:
     how = split(block)
     copies = max(1, 32 // how.threads)  # blocks of a threadgroup
-    blocks = x.size // block
+    blocks = shape[0] * shape[1] // block
     threads = copies * how.threads
-    (y,) = KERNEL(
-        [x, signs],
+    return Launch(
         {
-            "T": x.dtype,
+            "T": dtype,
             "M": how.m,
             "V": how.values,
             "THREADS": how.threads,
@@ -67,9 +68,8 @@ def _run(x: mx.array, signs: mx.array, block: int, inverse: bool) -> mx.array:
         },
         grid=(-(-blocks // copies) * threads, 1, 1),
         threadgroup=(threads, 1, 1),
-        outputs=[(x.shape, x.dtype)],
+        outputs=[(shape, dtype)],
     )
-    return y
 
 
 def transform(x: np.ndarray, transposed: bool = False) -> np.ndarray:
