@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import tq
-from tq.engine.cache.packed import KVBits
+from tq.engine.cache.settings import KVSettings
 from tq.engine.run.evaluate import EvalResult, default_text, evaluate
 from tq.engine.run.generate import Finished, GenerateOptions, generate, prompt_cache
 
@@ -30,7 +30,7 @@ class Session:
         self.engine = config["engine"]
         self.loaded = tq.load(config["model"])
         self.model, self.tokenizer = self.loaded.model, self.loaded.tokenizer
-        self.kv_bits = KVBits.parse(config["kv_bits"]) if config.get("kv_bits") else None
+        self.kv = KVSettings.parse(config["kv_bits"]) if config.get("kv_bits") else None
         self.prompt: list[int] = []
         self.cache: list[Any] = []
         if self.engine == "mlx-lm":
@@ -48,7 +48,7 @@ class Session:
         started = time.perf_counter()
         if self.engine == "tq":
             options = GenerateOptions(max_tokens=tokens, temp=temp, top_p=top_p, top_k=top_k, seed=1)
-            answer = generate(self.loaded, prompt, options, self.kv_bits)
+            answer = generate(self.loaded, prompt, options, self.kv)
             events: Any = (event for event in answer if not isinstance(event, Finished))
         else:
             from mlx_lm import stream_generate
@@ -76,7 +76,7 @@ class Session:
 
         prefill = None
         if fresh or prompt != self.prompt:
-            self.prompt, self.cache = prompt, prompt_cache(self.model, self.kv_bits)
+            self.prompt, self.cache = prompt, prompt_cache(self.model, self.kv)
             ids = mx.array(prompt)[None]
             started = time.perf_counter()
             for at in range(0, len(prompt) - 1, PREFILL_STEP):

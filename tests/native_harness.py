@@ -17,7 +17,6 @@ FUNCTIONS = {
     "exps": (None, [c_void_p, c_void_p, c_int]),
     "gated": (None, [c_int, c_float, c_float, c_void_p, c_void_p, c_void_p, c_int]),
     "rms_norm": (None, [c_void_p, c_void_p, c_float, c_int, c_void_p]),
-    "layer_norm": (None, [c_void_p, c_void_p, c_void_p, c_float, c_int, c_void_p]),
     "softmax": (c_float, [c_void_p, c_int]),
     "tq_set_threads": (None, [c_int]),
     "tq_get_threads": (c_int, []),

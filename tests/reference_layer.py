@@ -187,8 +187,8 @@ class Layer:
         struct = self.struct
         y = np.full(x.shape, np.nan, np.float32)
         params = library.LayerParams(
-            ctypes.addressof(struct), parts, position, row, row + len(x) if rows is None else rows, causal,
-            cache is not None, mask is not None, factors is not None, exact,
+            ctypes.addressof(struct), parts, causal, cache is not None, mask is not None, factors is not None, exact,
+            position=position, row=row, rows=row + len(x) if rows is None else rows,
         )  # fmt: skip
         inputs = [a for a in (x, mask, factors) if a is not None]
         library.library().tq_layer_forward(ctypes.byref(params), described(inputs), described([y, *(cache or [])]))

@@ -93,10 +93,6 @@ TQ_API void rms_norm(const float *x, const float *weight, float eps, int n, floa
   tq::rms_norm(x, weight, eps, n, y);
 }
 
-TQ_API void layer_norm(const float *x, const float *weight, const float *bias, float eps, int n, float *y) {
-  tq::layer_norm(x, weight, bias, eps, n, y);
-}
-
 TQ_API float softmax(float *x, int n) { return tq::exponentials(x, n, tq::largest(x, n)); }
 
 }  // extern "C"

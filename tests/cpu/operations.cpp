@@ -68,6 +68,20 @@ TQ_API void append(const void *params, const tq_array *in, const tq_array *out) 
   *static_cast<float *>(out[2].data) = sum;
 }
 
+struct token_params {
+  float number;
+  int32_t position, row, rows;
+};
+
+// in: x. out: y = x + number + position + row + rows, then caches; the first number of the first one's row = x + position.
+TQ_API void token(const void *params, const tq_array *in, const tq_array *out) {
+  const auto &p = *static_cast<const token_params *>(params);
+  const float *x = static_cast<const float *>(in->data);
+  for (int64_t i = 0; i < count(*out); i++)
+    static_cast<float *>(out->data)[i] = x[i] + p.number + float(p.position + p.row + p.rows);
+  static_cast<float *>(out[1].data)[p.row] = x[0] + float(p.position);
+}
+
 // in: value (1). out: cache (n); cache[row] = value.
 TQ_API void put(const void *params, const tq_array *in, const tq_array *out) {
   const auto &p = *static_cast<const append_params *>(params);

@@ -16,7 +16,8 @@ MACROS = {
     "avx2": "__AVX2__", "fma": "__FMA__", "f16c": "__F16C__", "avx512f": "__AVX512F__", "avx512bw": "__AVX512BW__",
     "avx512vl": "__AVX512VL__", "avx512dq": "__AVX512DQ__", "avx512_vnni": "__AVX512VNNI__",
     "avx512vbmi": "__AVX512VBMI__", "avx_vnni": "__AVXVNNI__", "avx512_bf16": "__AVX512BF16__",
-    "avx512_vbmi2": "__AVX512VBMI2__", "amx_int8": "__AMX_INT8__", "bmi2": "__BMI2__", "gfni": "__GFNI__",
+    "avx512_vbmi2": "__AVX512VBMI2__", "amx_tile": "__AMX_TILE__", "amx_int8": "__AMX_INT8__",
+    "bmi2": "__BMI2__", "gfni": "__GFNI__",
 }  # fmt: skip
 
 
@@ -40,6 +41,8 @@ def processor(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("machine", "lines", "level"),
     [
+        ("x86_64", [ZEN4 + " amx_tile amx_int8 amx_bf16"], "amx"),
+        ("x86_64", [ZEN4 + " amx_tile amx_bf16"], "avx512"),
         ("x86_64", [ZEN4], "avx512"),
         ("x86_64", [ZEN4 + " avx_vnni"], "avx512"),
         ("x86_64", [ZEN4.replace(" avx512vbmi", "")], "avx2"),  # Cascade Lake
@@ -55,27 +58,29 @@ def processor(tmp_path, monkeypatch):
 )
 def test_the_best_level_of_a_processor(processor, machine, lines, level):
     processor(machine, *lines)
-    assert isa.chosen().name == level
+    assert isa.chosen()[0].name == level
+    assert isa.chosen()[-1].name == "generic"
 
 
 def test_features_that_cannot_be_read_are_none(processor, monkeypatch, tmp_path):
     processor("x86_64", ZEN4)
     monkeypatch.setattr(isa, "CPUINFO", tmp_path / "nothing")
     isa.features.cache_clear()
-    assert isa.chosen().name == "generic"
+    assert [level.name for level in isa.chosen()] == ["generic"]
 
 
 @pytest.mark.parametrize("name", ["avx512", "avx2", "generic"])
 def test_a_level_that_the_processor_has_can_be_forced(processor, monkeypatch, name):
     processor("x86_64", ZEN4)
     monkeypatch.setenv("TQ_CPU_ISA", name)
-    assert isa.chosen().name == name
+    assert [level.name for level in isa.chosen()] == [name]
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("avx3", "TQ_CPU_ISA is 'avx3': it must be one of avx512, avx2vnni, avx2, neon, generic"),
+        ("avx3", "TQ_CPU_ISA is 'avx3': it must be one of amx, avx512, avx2vnni, avx2, neon, generic"),
+        ("amx", "TQ_CPU_ISA is amx, but this processor lacks amx_int8, amx_tile"),
         ("avx2vnni", "TQ_CPU_ISA is avx2vnni, but this processor lacks avx_vnni"),
         ("neon", "TQ_CPU_ISA is neon, but this processor lacks the instructions of aarch64"),
     ],

@@ -32,6 +32,10 @@ class Append(ctypes.Structure):
     _fields_ = (("row", c_int32), ("wait_us", c_int32))
 
 
+class Token(ctypes.Structure):
+    _fields_ = (("number", c_float), ("position", c_int32), ("row", c_int32), ("rows", c_int32))
+
+
 @functools.cache
 def operations():
     recipe = Recipe("operations", "C++", (SOURCE,), (), ("-std=c++20", "-O1", f"-I{library.KERNELS}"))
@@ -278,6 +282,97 @@ def test_what_somebody_still_sees_does_not_change(both, pipelined, hold):
     for i, old in enumerate(seen):
         expected = [float(k + 1) if k < i else 0.0 for k in range(len(old))]
         np.testing.assert_allclose(np.array(old), expected, rtol=1e-6)
+
+
+class Cache:
+    """As mlx-lm's KVCache."""
+
+    def __init__(self, keys, values, offset):
+        self.keys, self.values, self.offset = keys, values, offset
+
+
+def attend_to(heads=2, capacity=3, key_dim=4, value_dim=5, dtype=mx.float32):
+    shape = (1, heads, capacity)
+    return Cache(mx.zeros((*shape, key_dim), dtype), mx.zeros((*shape, value_dim), dtype), 0)
+
+
+def bound(keep=None):
+    return lazy.bind("token", Token(100.0, -1, -1, -1), "position", [-1, 1, 2], keep or lazy.Pinned())
+
+
+def test_a_bound_kernel_gets_the_numbers_of_each_call(both):
+    forward = bound()
+    keys, values = mx.zeros((2, 3)), mx.zeros((7,), mx.float16)
+    x = mx.array([[0.5, 2.0]])
+    first, keys, values = forward([x, keys, values], (1, 2, 3))
+    second, keys, values = forward([x + 1, keys, values], (4, 0))
+    assert (keys.shape, values.shape, values.dtype) == ((2, 3), (7,), mx.float16)
+    assert second.tolist() == [[104.5, 106.0]]  # rows as when it was bound
+    assert first.tolist() == [[106.5, 108.0]]
+    assert keys.flatten().tolist() == [5.5, 0, 1.5, 0, 0, 0]  # x + position, at row
+
+
+def test_a_bound_kernel_refuses_what_it_was_not_bound_to():
+    forward = bound()
+    with pytest.raises(ValueError, match="too many numbers"):
+        forward([mx.zeros(1)] * 3, (1, 2, 3, 4))
+    with pytest.raises((IndexError, ValueError)):
+        forward([mx.zeros(1)], (1, 2, 3))
+
+
+def test_what_a_bound_kernel_points_to_stays():
+    memory = lazy.Memory(1 << 16)
+    forward = bound(lazy.Pinned(memory))
+    pointed = (ctypes.c_char * 4).from_address(memory.address)
+    pointed.raw = b"here"
+    y, *_ = forward([mx.zeros((1, 1, 1)), mx.zeros(4), mx.zeros(4)], (0, 0, 0))
+    del memory, forward
+    gc.collect()
+    junk = [lazy.Memory(1 << 16) for _ in range(50)]
+    assert pointed.raw == b"here" and len(junk) == 50
+    mx.eval(y)
+
+
+def test_a_token_goes_behind_those_of_a_cache():
+    forward, cache = bound(), attend_to()
+    at = []
+    for i in range(3):
+        y = forward.append(mx.full((1, 1, 6), float(i)), cache, 2, 4, 5)
+        assert (cache.offset, y.shape) == (i + 1, (1, 1, 6))
+        assert y.flatten().tolist() == [100.0 + i + i + (i + i + 1)] * 6  # number + x + position + row + rows
+        at.append(address(cache.keys))
+    assert len(set(at[1:])) == 1  # written where they are
+    assert cache.keys.flatten().tolist()[:4] == [0, 2, 4, 0]
+    assert forward.append(mx.zeros((1, 1, 6)), cache, 2, 4, 5) is None  # full
+    assert (cache.offset, address(cache.keys)) == (3, at[-1])
+
+
+@pytest.mark.parametrize(
+    ("x", "cache"),
+    [
+        (mx.zeros((1, 2, 6)), attend_to()),
+        (mx.zeros((2, 1, 6)), attend_to()),
+        (mx.zeros((1, 6)), attend_to()),
+        (mx.zeros((1, 1, 6), mx.float16), attend_to()),
+        (mx.zeros((1, 1, 6)), attend_to(heads=1)),
+        (mx.zeros((1, 1, 6)), attend_to(key_dim=5)),
+        (mx.zeros((1, 1, 6)), attend_to(value_dim=4)),
+        (mx.zeros((1, 1, 6)), attend_to(dtype=mx.bfloat16)),
+        (mx.zeros((1, 1, 6)), attend_to(capacity=0)),
+        (mx.zeros((1, 1, 6)), Cache(None, None, 0)),
+        (mx.zeros((1, 1, 6)), Cache(attend_to().keys, attend_to(dtype=mx.float16).values, 0)),
+        (mx.zeros((1, 1, 6)), Cache([attend_to().keys], attend_to().values, 0)),
+    ],
+)
+def test_a_token_that_does_not_fit_changes_nothing(x, cache):
+    before = vars(cache).copy()
+    assert bound().append(x, cache, 2, 4, 5) is None
+    assert all(vars(cache)[name] is value for name, value in before.items())
+
+
+def test_where_nothing_is_lazy_tokens_go_the_long_way(monkeypatch):
+    monkeypatch.setattr(lazy, "state", lambda: lazy.LazyState(False, "asked for"))
+    assert bound().append(mx.zeros((1, 1, 6)), attend_to(), 2, 4, 5) is None
 
 
 def test_two_continuations_of_one_array(both):

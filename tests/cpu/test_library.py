@@ -51,7 +51,7 @@ def test_everything_that_the_headers_declare_is_known():
 
 def test_this_machine_has_kernels():
     state = library.state()
-    level = isa.chosen().name
+    level = isa.chosen()[0].name
     assert (state.active, state.level, state.threads, state.hint) == (True, level, 1, None)
     assert state.reason == f"{level}, 1 thread"
     assert library.library().tq_struct_size(b"no such structure") == -1
@@ -84,6 +84,42 @@ def test_a_level_of_another_processor_is_not_run():
         library.load(foreign)
 
 
+def test_a_level_on_trial_that_cannot_be_used_is_passed_over_with_its_reason(monkeypatch):
+    amx, best, *_ = [isa.LEVEL["amx"], *isa.chosen()]
+    assert amx.on_trial and isa.lacking(amx)
+    monkeypatch.setattr(isa, "chosen", lambda: [amx, best])
+    monkeypatch.setattr(library, "_passed_over", {})
+    assert library.library.__wrapped__() is library.load(best)
+    reason = library.state.__wrapped__().reason
+    assert reason == f"{best.name}, 1 thread; not amx: this processor lacks amx_int8, amx_tile"
+
+
+@pytest.mark.parametrize("level", ["amx", "neon"])
+def test_a_level_that_nothing_can_replace_is_declined(level, monkeypatch):
+    """One that was asked for, and one that is not on trial."""
+    following = [] if level == "amx" else isa.chosen()
+    monkeypatch.setattr(isa, "chosen", lambda: [isa.LEVEL[level], *following])
+    with pytest.raises(Declined, match=r"^this processor lacks "):
+        library.library.__wrapped__()
+
+
+def test_a_library_that_finds_itself_wrong_is_not_used(monkeypatch):
+    class Doubtful:
+        """Any function of the library, and a self-check that fails."""
+
+        def __getattr__(self, name):
+            return getattr(library.load(isa.chosen()[0]), name)
+
+        def tq_self_check(self):
+            return b"sums are wrong"
+
+    doubtful = Doubtful()
+    monkeypatch.setattr(build, "load", lambda path: doubtful)
+    monkeypatch.delitem(library.FUNCTIONS, "tq_self_check")
+    with pytest.raises(Declined, match=r"^sums are wrong$"):
+        library.load.__wrapped__(isa.chosen()[0])
+
+
 def test_a_wrong_level_is_a_mistake_of_the_user(monkeypatch):
     monkeypatch.setenv("TQ_CPU_ISA", "best")
     with pytest.raises(UsageError, match="TQ_CPU_ISA is 'best'"):
@@ -107,7 +143,7 @@ def test_a_structure_of_another_size_is_a_mistake_of_ours(monkeypatch):
 
     monkeypatch.setitem(library.STRUCTURES, "tq_rotation", Longer)
     with pytest.raises(AssertionError, match=r"tq_rotation has .* bytes in C and .* in Longer"):
-        library.load.__wrapped__(isa.chosen())
+        library.load.__wrapped__(isa.chosen()[0])
 
 
 def test_importing_the_package_builds_nothing(tmp_path):

@@ -4,6 +4,7 @@
 // signature that they share; their addresses come from the library that ctypes has opened.
 #include <Python.h>
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -12,6 +13,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <optional>
 #include <stdexcept>
 #include <thread>
 #include <utility>
@@ -225,8 +227,16 @@ std::vector<char> bytes_of(nb::handle object) {
   return bytes;
 }
 
-nb::list call(uintptr_t operation, nb::handle params, const std::vector<mx::array> &inputs, nb::sequence outputs,
-              const std::vector<int> &aliases, const Keep *keep, bool strided) {
+std::vector<mx::array> planned(std::vector<mx::Shape> shapes, const std::vector<mx::Dtype> &dtypes, Parameters parameters,
+                   const std::vector<mx::array> &inputs) {
+  auto primitive = std::make_shared<Call>(mx::default_stream(mx::Device(mx::Device::cpu)),
+                                          std::make_shared<const Parameters>(std::move(parameters)));
+  if (shapes.size() == 1) return {mx::array(std::move(shapes[0]), dtypes[0], std::move(primitive), inputs)};
+  return mx::array::make_arrays(std::move(shapes), dtypes, primitive, inputs);
+}
+
+std::vector<mx::array> call(uintptr_t operation, nb::handle params, const std::vector<mx::array> &inputs,
+                            nb::sequence outputs, const std::vector<int> &aliases, const Keep *keep, bool strided) {
   std::vector<mx::Shape> shapes;
   std::vector<mx::Dtype> dtypes;
   for (nb::handle output : outputs) {
@@ -248,18 +258,68 @@ nb::list call(uintptr_t operation, nb::handle params, const std::vector<mx::arra
     if (input.size() != size || input.dtype() != dtypes[j])
       throw std::invalid_argument("an output has another size or type than the input that it continues");
   }
-  auto parameters = std::make_shared<const Parameters>(
-      Parameters{reinterpret_cast<tq_operation>(operation), bytes_of(params), std::move(all_aliases), strided,
-                 keep ? keep->contents : nullptr});
-  auto primitive = std::make_shared<Call>(mx::default_stream(mx::Device(mx::Device::cpu)), std::move(parameters));
-  nb::list result;
-  if (shapes.size() == 1)
-    result.append(mx::array(std::move(shapes[0]), dtypes[0], std::move(primitive), inputs));
-  else
-    for (mx::array &a : mx::array::make_arrays(std::move(shapes), dtypes, primitive, inputs))
-      result.append(std::move(a));
-  return result;
+  return planned(std::move(shapes), dtypes,
+                 {reinterpret_cast<tq_operation>(operation), bytes_of(params), std::move(all_aliases), strided,
+                  keep ? keep->contents : nullptr},
+                 inputs);
 }
+
+// A kernel with its parameters, all but a few numbers, and outputs that are like inputs: what is the same in each of
+// many calls is read from Python once.
+class Bound {
+ public:
+  Bound(uintptr_t operation, nb::handle params, size_t numbers_at, std::vector<int> aliases, const Keep *keep)
+      : parameters_{reinterpret_cast<tq_operation>(operation), bytes_of(params), std::move(aliases), false,
+                    keep ? keep->contents : nullptr},
+        numbers_at_(numbers_at) {}
+
+  std::vector<mx::array> operator()(const std::vector<mx::array> &inputs, const std::vector<int32_t> &numbers) const {
+    const size_t size = numbers.size() * sizeof(int32_t);
+    if (numbers_at_ + size > parameters_.bytes.size()) throw std::invalid_argument("there are too many numbers");
+    Parameters parameters = parameters_;
+    std::memcpy(parameters.bytes.data() + numbers_at_, numbers.data(), size);
+    for (const mx::array &a : inputs) dtype_of(a.dtype());
+    std::vector<mx::Shape> shapes;
+    std::vector<mx::Dtype> dtypes;
+    for (int alias : parameters_.aliases) {
+      const mx::array &like = inputs.at(std::max(alias, 0));
+      shapes.push_back(like.shape());
+      dtypes.push_back(like.dtype());
+    }
+    return planned(std::move(shapes), dtypes, std::move(parameters), inputs);
+  }
+
+  // The call of a layer for one token x (1, 1, hidden), which goes behind those that an mlx-lm KVCache holds; numbers
+  // are position, row and rows. Nothing happens if the cache has no room or holds another form of keys and values.
+  std::optional<mx::array> append(const mx::array &x, nb::handle cache, int n_kv_heads, int key_dim,
+                                  int value_dim) const {
+    static PyObject *const KEYS = PyUnicode_InternFromString("keys"), *const VALUES = PyUnicode_InternFromString("values"),
+                    *const OFFSET = PyUnicode_InternFromString("offset");
+    const auto attribute = [&](PyObject *name) { return nb::object(cache.attr(nb::handle(name))); };
+    std::vector<mx::array> inputs{x};
+    const auto fits = [&](PyObject *name, int dim) {
+      mx::array *found;
+      if (!nb::try_cast(attribute(name), found) || !found) return false;
+      inputs.push_back(*found);
+      return found->ndim() == 4 && found->shape(0) == 1 && found->shape(1) == n_kv_heads && found->shape(3) == dim &&
+             found->dtype() == inputs[1].dtype();
+    };
+    if (x.ndim() != 3 || x.shape(0) != 1 || x.shape(1) != 1 || x.dtype() != mx::float32) return {};
+    if (!fits(KEYS, key_dim) || !fits(VALUES, value_dim)) return {};
+    if (inputs[1].dtype() != mx::float16 && inputs[1].dtype() != mx::float32) return {};
+    const int offset = nb::cast<int>(attribute(OFFSET)), end = offset + 1;
+    if (end > inputs[1].shape(2) || end > inputs[2].shape(2)) return {};
+    auto outputs = (*this)(inputs, {offset, offset, end});
+    nb::setattr(cache, nb::handle(KEYS), nb::cast(outputs[1]));
+    nb::setattr(cache, nb::handle(VALUES), nb::cast(outputs[2]));
+    nb::setattr(cache, nb::handle(OFFSET), nb::cast(end));
+    return outputs[0];
+  }
+
+ private:
+  Parameters parameters_;
+  size_t numbers_at_;
+};
 
 }  // namespace
 
@@ -267,6 +327,11 @@ NB_MODULE(extension, m) {
   nb::class_<Memory>(m, "Memory").def(nb::init<size_t>()).def_prop_ro("address", &Memory::address);
   nb::class_<Keep>(m, "Keep").def(
       nb::init<const std::vector<mx::array> &, const std::vector<Memory> &, const std::vector<Keep> &>());
+  nb::class_<Bound>(m, "Bound")
+      .def(nb::init<uintptr_t, nb::handle, size_t, std::vector<int>, const Keep *>(), nb::arg("operation"),
+           nb::arg("params"), nb::arg("numbers_at"), nb::arg("aliases"), nb::arg("keep").none())
+      .def("__call__", &Bound::operator())
+      .def("append", &Bound::append);
   m.def("check_outputs_are_kept", &check_outputs_are_kept);
   m.def("call", &call, nb::arg("operation"), nb::arg("params"), nb::arg("inputs"), nb::arg("outputs"),
         nb::arg("aliases"), nb::arg("keep").none(), nb::arg("strided"));

@@ -19,12 +19,15 @@ class Level:
         machines: What platform.machine() may say; empty: anything.
         features: What the processor must have, by the kernel's names in /proc/cpuinfo.
         flags: For the compiler. Never -march=native: other processors may read the same cache.
+        on_trial: Whether it may turn out that a compiler, the system or a self-check does not allow it; then the next
+            level serves.
     """
 
     name: str
     machines: tuple[str, ...]
     features: frozenset[str]
     flags: tuple[str, ...]
+    on_trial: bool = False
 
 
 X86 = ("x86_64", "AMD64")
@@ -36,8 +39,10 @@ AVX512_FLAGS = (
     "-DTQ_ISA_AVX512", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512vbmi", "-mfma",
     "-mf16c", "-mprefer-vector-width=512",
 )  # fmt: skip
+AMX_FLAGS = (*AVX512_FLAGS, "-DTQ_ISA_AMX", "-mamx-tile", "-mamx-int8")
 # Best first.
 LEVELS = (
+    Level("amx", X86, AVX512 | {"amx_tile", "amx_int8"}, AMX_FLAGS, on_trial=True),
     Level("avx512", X86, AVX512, AVX512_FLAGS),
     Level("avx2vnni", X86, AVX2 | {"avx_vnni"}, (*AVX2_FLAGS, "-mavxvnni")),
     Level("avx2", X86, AVX2, AVX2_FLAGS),
@@ -47,15 +52,15 @@ LEVELS = (
 LEVEL = {level.name: level for level in LEVELS}
 
 
-def chosen() -> Level:
-    """The level that TQ_CPU_ISA asks for, else the best that this processor has.
+def chosen() -> list[Level]:
+    """The level that TQ_CPU_ISA asks for, else all that this processor has, best first.
 
     Raises:
         UsageError: TQ_CPU_ISA is no level, or needs what this processor lacks.
     """
     name = os.environ.get("TQ_CPU_ISA")
     if not name:
-        return next(level for level in LEVELS if not lacking(level))
+        return [level for level in LEVELS if not lacking(level)]
     if name not in LEVEL:
         raise UsageError(f"TQ_CPU_ISA is {name!r}: it must be one of {', '.join(LEVEL)}")
     missing = lacking(LEVEL[name])
@@ -64,7 +69,7 @@ def chosen() -> Level:
         raise UsageError(
             f"TQ_CPU_ISA is {name}, but this processor lacks {', '.join(missing)}", hint=f"it has {usable}"
         )
-    return LEVEL[name]
+    return [LEVEL[name]]
 
 
 def lacking(level: Level) -> list[str]:

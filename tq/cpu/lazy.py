@@ -1,7 +1,8 @@
 """Calls kernels from MLX: as lazy operations through a small extension, or at once through ctypes where that is not.
 
-Both ways have the same interface: `call`, and `Pinned` for memory that parameters point to. The extension is C++ that
-binds to one exact Python, MLX and nanobind, so it is built on the machine where it runs (extension.cpp).
+Both ways have the same interface: `call`, `bind` for what is called again and again, and `Pinned` for memory that
+parameters point to. The extension is C++ that binds to one exact Python, MLX and nanobind, so it is built on the
+machine where it runs (extension.cpp).
 """
 
 import ctypes
@@ -15,7 +16,7 @@ from importlib import metadata
 from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -136,6 +137,53 @@ def call(
             row-contiguous.
     """
     return _way()(_address_of(operation), params, inputs, outputs, aliases, keep and keep.handle, strided)
+
+
+class Bound(Protocol):
+    """A kernel with parameters of which a few numbers change from call to call."""
+
+    def __call__(self, inputs: Sequence[mx.array], numbers: Sequence[int]) -> list[mx.array]:
+        """As `call`. numbers: the first of those that change; others stay as they were when it was bound."""
+
+    def append(self, x: mx.array, cache: Any, n_kv_heads: int, key_dim: int, value_dim: int) -> mx.array | None:
+        """The same for x and the keys and values of an mlx-lm KVCache, with position, row and rows as numbers.
+
+        The cache is then one token longer. None, and nothing happens: x is not one token, or the cache has no room for
+        it or keeps other heads or types, or operations are not lazy, so that there is nothing to be gained.
+        """
+
+
+def bind(operation: str, params: ctypes.Structure, first_number: str, aliases: Sequence[int], keep: Pinned) -> Bound:
+    """For what is called once per layer and token: all that calls have in common is handed over now.
+
+    Args:
+        params: Copied now. Numbers are its int32 fields from ``first_number`` on.
+        aliases: As in `call`, one for each output: an output has the shape and type of the input that it continues,
+            and those of the first input if it continues none.
+    """
+    address, at = _address_of(operation), getattr(type(params), first_number).offset
+    if state().active:
+        return _extension().Bound(address, params, at, aliases, keep.handle)
+    return _BoundNow(address, type(params).from_buffer_copy(params), at, tuple(aliases))
+
+
+@dataclass(frozen=True)
+class _BoundNow:
+    """The same, at once."""
+
+    address: int
+    params: ctypes.Structure
+    numbers_at: int
+    aliases: Sequence[int]
+
+    def __call__(self, inputs: Sequence[mx.array], numbers: Sequence[int]) -> list[mx.array]:
+        params = type(self.params).from_buffer_copy(self.params)
+        (c_int32 * len(numbers)).from_buffer(params, self.numbers_at)[:] = list(numbers)
+        like = [inputs[max(alias, 0)] for alias in self.aliases]
+        return _call_now(self.address, params, inputs, [(a.shape, a.dtype) for a in like], self.aliases, None, False)
+
+    def append(self, *_: Any) -> None:
+        return None
 
 
 @functools.cache

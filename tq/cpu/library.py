@@ -285,9 +285,6 @@ class LayerParams(Structure):
     _fields_ = (
         ("layer", c_void_p),
         ("parts", c_int32),
-        ("position", c_int32),
-        ("row", c_int32),
-        ("rows", c_int32),
         ("causal", c_int32),
         ("has_cache", c_int32),
         ("has_mask", c_int32),
@@ -296,6 +293,9 @@ class LayerParams(Structure):
         ("code", c_void_p),
         ("sink", c_int32),
         ("window", c_int32),
+        ("position", c_int32),
+        ("row", c_int32),
+        ("rows", c_int32),
         ("packed", c_int32),
     )
 
@@ -340,6 +340,7 @@ FUNCTIONS: dict[str, Signature] = {
     "tq_set_threads": (None, [c_int32]),
     "tq_get_threads": (c_int32, []),
     "tq_isa": (c_char_p, []),
+    "tq_self_check": (c_char_p, []),
     "tq_read_bandwidth": (c_double, [c_int64]),
     "tq_struct_size": (c_int32, [c_char_p]),
 }
@@ -372,9 +373,23 @@ def library() -> ctypes.CDLL:
     """
     if sys.platform != "linux":
         raise Declined("not made for this system")
-    loaded = load(isa.chosen())
+    loaded = _first_usable(isa.chosen())
     loaded.tq_set_threads(cores.threads())
     return loaded
+
+
+_passed_over: dict[str, str] = {}  # levels that were better, and why they are not used
+
+
+def _first_usable(levels: list[Level]) -> ctypes.CDLL:
+    for level in levels:
+        try:
+            return load(level)
+        except Declined as declined:
+            if not level.on_trial or level is levels[-1]:
+                raise
+            _passed_over[level.name] = str(declined)
+    raise AssertionError("a processor has at least one level")
 
 
 @functools.cache
@@ -390,6 +405,7 @@ def state() -> LibraryState:
         return LibraryState(False, str(declined), hint=declined.hint)
     level, threads = loaded.tq_isa().decode(), loaded.tq_get_threads()
     reason = f"{level}, {threads} thread{'s' if threads > 1 else ''}"
+    reason += "".join(f"; not {name}: {why}" for name, why in _passed_over.items())
     return LibraryState(True, reason, level, threads)
 
 
@@ -410,7 +426,7 @@ def load(level: Level) -> ctypes.CDLL:
     """The kernels of one level, with the types of their arguments.
 
     Raises:
-        Declined: They cannot be built or loaded, or this processor cannot run them.
+        Declined: They cannot be built or loaded, or this processor or this system cannot run them.
     """
     missing = isa.lacking(level)
     if missing:
@@ -423,4 +439,7 @@ def load(level: Level) -> ctypes.CDLL:
         size = loaded.tq_struct_size(name.encode())
         if size != ctypes.sizeof(structure):
             raise AssertionError(f"{name} has {size} bytes in C and {ctypes.sizeof(structure)} in {structure.__name__}")
+    why = loaded.tq_self_check()
+    if why is not None:
+        raise Declined(why.decode())
     return loaded

@@ -43,6 +43,7 @@ METAL_FUNC float gated(float gate, float up, float alpha, float limit) {
         x, &x_row, columns, up + first_word, words, up_scales + first_scale, groups, rows, first, lane, up_decoder,
         up_sum);
     if (lane == 0) {
+#pragma unroll
         for (uint r = 0; r < ROWS; ++r) {
             if (first + r < rows) {
                 const size_t at = expert * rows + first + r;

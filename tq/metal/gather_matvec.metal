@@ -10,6 +10,7 @@ METAL_FUNC void multiply_pairs(
     X x, uint columns, W w, uint words, S scales, uint groups, B bias, uint rows, size_t expert, uint start, uint n,
     uint first, uint lane, const thread Levels& levels, device T* y) {
     uint x_row[M];
+#pragma unroll
     for (uint m = 0; m < M; ++m) {
         x_row[m] = (start + min(m, n - 1)) / PAIRS_PER_X * columns;
     }
@@ -18,7 +19,9 @@ METAL_FUNC void multiply_pairs(
         x, x_row, columns, w + expert * rows * words, words, scales + expert * rows * groups, groups, rows, first, lane,
         levels, sum);
     if (lane == 0) {
+#pragma unroll
         for (uint m = 0; m < M; ++m) {
+#pragma unroll
             for (uint r = 0; r < ROWS; ++r) {
                 if (m < n && first + r < rows) {
                     const float bias_value = BIAS ? float(bias[BIAS ? expert * rows + first + r : 0]) : 0.0f;

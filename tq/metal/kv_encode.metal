@@ -115,11 +115,14 @@ METAL_FUNC float scale_of(
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
         const int vector = first + v;
+#pragma unroll
         for (int group = 0; group < SLICES / N; ++group) {
             const half scale = half(scale_of<BITS, SIZE, N>(y[v] + group * N, lane, levels, borders));
             const float inverse = inverse_of(float(scale));
-            for (int k = group * N; k < (group + 1) * N; ++k) {
-                own[32 * k + int(lane)] = uchar(nearest_code<BITS>(y[v][k] * inverse, borders));
+#pragma unroll
+            for (int k = 0; k < N; ++k) {
+                const int slice = group * N + k;
+                own[32 * slice + int(lane)] = uchar(nearest_code<BITS>(y[v][slice] * inverse, borders));
             }
             if (lane == 0 && vector < vectors) {
                 scales[size_t(vector) * (SLICES / N) + group] = scale;

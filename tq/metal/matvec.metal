@@ -56,7 +56,7 @@
                 }
                 const uint token = first_token + m, row = first + r;
                 if (token < tokens && row < rows) {
-                    y[token * rows + row] = T(BIAS ? total + float(bias[row]) : total);
+                    y[size_t(token) * rows + row] = T(BIAS ? total + float(bias[row]) : total);
                 }
             }
         }

@@ -8,6 +8,7 @@ METAL_FUNC void expert_rows(
     X x, const thread uint* x_row, uint columns, W w, uint words, S scales, uint groups, uint rows, uint first,
     uint lane, const thread Levels& levels, thread float (&sum)[M][ROWS]) {
     uint w_row[ROWS], scale_row[ROWS];
+#pragma unroll
     for (uint r = 0; r < ROWS; ++r) {
         // Rows beyond the last repeat it, and are not stored.
         w_row[r] = min(first + r, rows - 1) * words;
@@ -15,7 +16,9 @@ METAL_FUNC void expert_rows(
     }
     dot_rows<BITS, FORM, GROUP, WHOLE>(
         x, x_row, columns, w, w_row, words, scales, scale_row, lane, uint(LK), levels, sum);
+#pragma unroll
     for (uint m = 0; m < M; ++m) {
+#pragma unroll
         for (uint r = 0; r < ROWS; ++r) {
             sum[m][r] = sum_over_lanes<LK>(sum[m][r]);
         }

@@ -95,13 +95,17 @@ METAL_FUNC void transform_lanes(thread float* values, uint index, uint size) {
         for (int first = 0; first < count; first += traded) {
             threadgroup_barrier(mem_flags::mem_threadgroup);
 #pragma unroll
-            for (int i = first; i < min(first + traded, count); ++i) {
-                staged[(i - first) * THREADS + position] = values[i];
+            for (int i = 0; i < traded; ++i) {
+                if (first + i < count) {
+                    staged[i * THREADS + position] = values[first + i];
+                }
             }
             threadgroup_barrier(mem_flags::mem_threadgroup);
 #pragma unroll
-            for (int i = first; i < min(first + traded, count); ++i) {
-                values[i] = staged[(i - first) * THREADS + index];
+            for (int i = 0; i < traded; ++i) {
+                if (first + i < count) {
+                    values[first + i] = staged[i * THREADS + index];
+                }
             }
         }
     }

@@ -16,7 +16,7 @@ from tq.cpu import isa, library
 
 # A program beside this file, and the kernels that it checks.
 PROGRAMS = {
-    "products": ["activations", "decode", "exact", "gather", "matmul", "matvec", "panel", "pool"],
+    "products": ["activations", "decode", "exact", "gather", "machine", "matmul", "matvec", "panel", "pool"],
     "caches": [
         "activations", "attention", "attention_float", "attention_op", "attention_packed", "attention_rows",
         "kv_append", "kv_encode", "pack", "pool", "rotate",
@@ -75,7 +75,8 @@ def program(request: pytest.FixtureRequest, source: str, level: str, compiler: s
     files = [Path(__file__).with_name(f"{source}.cpp"), *(library.KERNELS / f"{n}.cpp" for n in PROGRAMS[source])]
     command = [compiler, *FLAGS, *flags, f"-I{library.KERNELS}"]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    made_from = repr((command, version, sorted(with_included(files).items())))
+    texts = with_included([*files, *Path(__file__).parent.glob("*.h")])
+    made_from = repr((command, version, sorted(texts.items())))
     folder = request.config.cache.mkdir("tq-programs")
     path = folder / f"{name}-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}"
     if not path.exists():
@@ -89,10 +90,12 @@ def program(request: pytest.FixtureRequest, source: str, level: str, compiler: s
     return str(path)
 
 
-def run(command: list[str]) -> None:
+def run(command: list[str]) -> str:
+    """What a program says whose checks all pass."""
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=240)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert done.stdout.endswith("0 failures\n")
+    return done.stdout
 
 
 def test_no_array_is_left(request, source):
@@ -110,7 +113,38 @@ def test_an_emulated_arm_processor(request, source):
     run([emulator, program(request, source, "neon", compiler, ["-static", *isa.LEVEL["neon"].flags])])
 
 
-@pytest.mark.parametrize("level", [isa.LEVEL["avx512"], isa.LEVEL["avx2vnni"]], ids=lambda level: level.name)
+@pytest.fixture
+def emulated(request: pytest.FixtureRequest) -> str:
+    """The program that checks products, for AMX with tile registers in plain C++."""
+    if isa.lacking(isa.LEVEL["avx512"]):
+        pytest.skip("AMX needs AVX512 around it")
+    flags = [flag for flag in isa.LEVEL["amx"].flags if not flag.startswith("-mamx")]
+    flags += ['-DTQ_TILES="emulated_tiles.h"', f"-I{Path(__file__).parent}"]
+    return program(request, "products", "amx-emulated", found(COMPILERS), flags)
+
+
+def test_emulated_tiles_give_the_results_of_avx512_bit_for_bit(request, emulated):
+    plain = run([program(request, "products", "avx512", found(COMPILERS), [*isa.LEVEL["avx512"].flags])])
+    assert run([emulated]) == plain
+    assert re.fullmatch(r"results [0-9a-f]{16}\n0 failures\n", plain)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "says"),
+    [
+        ("wrong", "the tile unit gives other products than plain arithmetic"),
+        ("denied", "the system does not let this process use the tile registers"),
+    ],
+)
+def test_tiles_that_do_not_work_are_found_before_they_are_used(emulated, tiles, says):
+    environment = {**os.environ, "EMULATED_TILES": tiles}
+    done = subprocess.run([emulated], capture_output=True, text=True, timeout=240, env=environment)
+    assert (done.returncode, done.stdout) == (1, f"{says}\n")
+
+
+@pytest.mark.parametrize(
+    "level", [isa.LEVEL[name] for name in ("amx", "avx512", "avx2vnni")], ids=lambda level: level.name
+)
 def test_what_this_processor_lacks_compiles(request, source, level):
     if not isa.lacking(level):
         pytest.skip("this processor has it")

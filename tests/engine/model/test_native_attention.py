@@ -8,6 +8,7 @@ import pytest
 from tiny_models import build
 
 from tq.engine import ops
+from tq.engine.cache import hook
 from tq.engine.model import native_attention
 
 pytestmark = pytest.mark.skipif(ops.cpu.unavailable() is not None, reason=f"no CPU kernels: {ops.cpu.unavailable()}")
@@ -138,11 +139,11 @@ def test_the_files_of_a_model_use_it_until_it_is_taken_back():
     expected = np.array(model(tokens))
     namespace = vars(sys.modules["mlx_lm.models.llama"])
     real = original()
-    assert namespace[native_attention.NAME] is real
+    assert namespace[hook.NAME] is real
     assert native_attention.install(model) == 1
     assert native_attention.install(model) == 0
-    assert namespace[native_attention.NAME] is native_attention.attention
+    assert namespace[hook.NAME] is native_attention.attention
     np.testing.assert_allclose(np.array(model(tokens)), expected, atol=1e-5)
-    assert vars(sys.modules[type(other).__module__])[native_attention.NAME] is real
+    assert vars(sys.modules[type(other).__module__])[hook.NAME] is real
     native_attention.uninstall()
-    assert namespace[native_attention.NAME] is real
+    assert namespace[hook.NAME] is real

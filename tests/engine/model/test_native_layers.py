@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from tiny_models import write_checkpoint
 
 from tq.cpu import library
-from tq.engine.model import native_layers, native_proof
+from tq.engine.model import native_layers, native_probe, native_proof
 from tq.engine.model.convert import convert
 from tq.engine.model.load import load_packed
 from tq.engine.model.plan import make_plan
@@ -418,6 +418,42 @@ def test_attention_that_computes_something_else_keeps_its_forward(oddity, load):
     assert "computes something else" in found["model.layers.1.self_attn"]
     assert found["model.layers.1.mlp"] is None
     assert relative_error(model(tokens(9)), expected) < 1e-4
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_layer_that_computes_something_else_because_of_its_number_keeps_its_forward(exact, load):
+    """The second layer has the code and the settings of the first, which is native."""
+
+    def numbered(module, x, mask=None, cache=None):
+        return x + (1 + 0.001 * module.layer_idx) * (type(module).__mro__[1].__call__(module, x, mask, cache) - x)
+
+    model = load("qwen3", exact)
+    kind = type("Numbered", (type(model.layers[0]),), {"__call__": numbered})
+    for i, layer in enumerate(model.layers):
+        layer.__class__, layer.layer_idx = kind, i
+    found = {adoption.path: adoption.reason for adoption in native_proof.install(model)}
+    assert found["model.layers.0"] is None
+    assert "computes something else" in found["model.layers.1"]
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_only_the_first_layer_of_a_sort_is_compared_thoroughly(exact, load, monkeypatch):
+    model = load("qwen3", exact)
+    thorough, brief = [], []
+    for name, modules in (("disagreement", thorough), ("glimpse", brief)):
+        whole = getattr(native_probe, name)
+        monkeypatch.setattr(
+            native_probe, name, lambda module, *more, whole=whole, to=modules: to.append(module) or whole(module, *more)
+        )
+    native_proof.install(model)
+    assert len({id(module) for module in thorough}) == len(brief) == 1
+    assert brief[0] is not thorough[0]
+
+
+def test_a_layer_whose_8_bit_codes_fall_otherwise_is_compared_thoroughly(load, monkeypatch):
+    monkeypatch.setattr(native_probe, "glimpse", lambda *_: 1e-3)
+    model = load("qwen3", exact=False)
+    assert adopted(model) == [LAYER, LAYER]
 
 
 def test_a_layer_that_adds_up_differently_keeps_its_forward_and_its_halves_are_native(load):

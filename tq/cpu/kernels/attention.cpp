@@ -39,7 +39,7 @@ struct Unit {
 
 class Attention {
  public:
-  Attention(const tq_attend_params &params, const Batch &batch, Strided q, int n_queries, Strided out, const Mask *mask)
+  Attention(const tq_attend_params &params, const Sequences &batch, Strided q, int n_queries, Strided out, const Mask *mask)
       : p_(params), batch_(batch), q_(q), out_(out), mask_(mask), n_queries_(n_queries) {
     group_ = p_.n_heads / p_.n_kv_heads;
     const int fit = std::max(1, UNIT_ROWS / group_);
@@ -271,7 +271,7 @@ class Attention {
   }
 
   const tq_attend_params &p_;
-  const Batch &batch_;
+  const Sequences &batch_;
   const Strided q_, out_;
   const Mask *mask_;
   const int n_queries_;
@@ -284,7 +284,7 @@ class Attention {
 
 }  // namespace
 
-void attend(const tq_attend_params &params, const Batch &batch, Strided q, int n_queries, Strided out,
+void attend(const tq_attend_params &params, const Sequences &batch, Strided q, int n_queries, Strided out,
             const Mask *mask) {
   if (n_queries > 0 && batch.count > 0) Attention(params, batch, q, n_queries, out, mask).run();
 }

@@ -117,7 +117,7 @@ template <int R, class T>
 void add_few(const float *weights, const T *values, int64_t value_row, int dim, int n, float *sums, int64_t width) {
   int d = 0;
   while (d + VECTOR <= dim) {
-    with_count<VALUE_VECTORS>((dim - d) / VECTOR, [&]<int V>() {
+    with_all_or_one<VALUE_VECTORS>((dim - d) / VECTOR, [&]<int V>() {
       add_vectors<R, V>(weights, values + d, value_row, n, sums + d, width,
                         [](const T *p) TQ_INLINE_LAMBDA { return load_row(p); });
       d += VECTOR * V;

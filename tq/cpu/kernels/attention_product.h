@@ -30,13 +30,14 @@ void product_tile(const float *a, int64_t a_row, const float *b, int64_t b_row, 
 // The same for any number of rows and vectors.
 inline void product(const float *a, int64_t a_row, const float *b, int64_t b_row, float *c, int64_t c_row, int rows,
                     int vectors, int k, bool add) {
-  for (int v = 0; v < vectors; v += GEMM_VECTORS) {
-    with_count<GEMM_VECTORS>(vectors - v, [&]<int V>() {
+  for (int v = 0; v < vectors;) {
+    with_all_or_one<GEMM_VECTORS>(vectors - v, [&]<int V>() {
       for (int r = 0; r < rows; r += GEMM_ROWS) {
         with_count<GEMM_ROWS>(rows - r, [&]<int R>() {
           product_tile<R, V>(a + r * a_row, a_row, b + TILE_ROWS * v, b_row, c + r * c_row + TILE_ROWS * v, c_row, k, add);
         });
       }
+      v += V;
     });
   }
 }

@@ -106,4 +106,14 @@ TQ_INLINE void with_count(int count, F &&f) {
   }(std::make_integer_sequence<int, MOST>{});
 }
 
+// f.operator()<MOST>() if count allows, else one at a time: for what seldom leaves a rest.
+template <int MOST, class F>
+TQ_INLINE void with_all_or_one(int count, F &&f) {
+  if (count >= MOST) {
+    f.template operator()<MOST>();
+  } else {
+    f.template operator()<1>();
+  }
+}
+
 }  // namespace tq

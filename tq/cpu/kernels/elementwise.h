@@ -94,27 +94,6 @@ inline void rms_norm(const float *x, const float *weight, float eps, int n, floa
   }
 }
 
-// y = (x - mean) / sqrt(variance + eps) * weight + bias; weight and bias may be NULL, y may be x.
-inline void layer_norm(const float *x, const float *weight, const float *bias, float eps, int n, float *y) {
-  float sum = 0.f, squares = 0.f;
-#pragma omp simd reduction(+ : sum)
-  for (int i = 0; i < n; i++) sum += x[i];
-  const float mean = sum / float(n);
-#pragma omp simd reduction(+ : squares)
-  for (int i = 0; i < n; i++) squares += (x[i] - mean) * (x[i] - mean);
-  const float inverse = 1.f / std::sqrt(squares / float(n) + eps);
-#pragma omp simd
-  for (int i = 0; i < n; i++) y[i] = (x[i] - mean) * inverse;
-  if (weight) {
-#pragma omp simd
-    for (int i = 0; i < n; i++) y[i] *= weight[i];
-  }
-  if (bias) {
-#pragma omp simd
-    for (int i = 0; i < n; i++) y[i] += bias[i];
-  }
-}
-
 // The largest of x; -infinity if there is none. NaN may be passed over: it shows in the sum of the exponentials.
 inline float largest(const float *x, int n) {
   float result = -INFINITY;

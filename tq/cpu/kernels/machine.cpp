@@ -7,6 +7,11 @@
 
 #include "internal.h"
 #include "tq_layer.h"
+#if defined(TQ_ISA_AMX)
+#include <span>
+
+#include "simd.h"
+#endif
 
 namespace tq {
 namespace {
@@ -24,11 +29,51 @@ double seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
+#if defined(TQ_ISA_AMX)
+// Whether tiles of N_STEPS steps give what plain numbers give. Bytes and codes take all their values.
+template <int N_STEPS>
+bool tiles_multiply() {
+  static uint8_t bytes[2][N_STEPS][TILE_ROWS][4];
+  static int8_t codes[MAX_ROWS][BLOCK_COLUMNS];
+  alignas(64) static int32_t sums[2][MAX_ROWS][TILE_ROWS];
+  uint32_t state = 1;
+  const auto next = [&] { return (state = state * 1664525 + 1013904223) >> 24; };
+  for (auto &byte : std::span(&bytes[0][0][0][0], sizeof bytes)) byte = uint8_t(next());
+  for (auto &code : std::span(&codes[0][0], sizeof codes)) code = int8_t(next());
+  {
+    const TileUnit unit;
+    tile_products<2, N_STEPS>(bytes[0][0][0], sizeof bytes[0], codes[0], sums[0][0]);
+  }
+  for (int t = 0; t < 2; t++) {
+    for (int r = 0; r < MAX_ROWS; r++) {
+      for (int lane = 0; lane < TILE_ROWS; lane++) {
+        int32_t sum = 0;
+        for (int c = 0; c < 4 * N_STEPS; c++) sum += bytes[t][c / 4][lane][c % 4] * codes[r][c];
+        if (sum != sums[t][r][lane]) return false;
+      }
+    }
+  }
+  return true;
+}
+#endif
+
 }  // namespace
 }  // namespace tq
 
+const char *tq_self_check(void) {
+#if defined(TQ_ISA_AMX)
+  if (!tq::request_tiles()) return "the system does not let this process use the tile registers";
+  if (!tq::tiles_multiply<tq::STEPS>() || !tq::tiles_multiply<tq::STEPS / 2>()) {
+    return "the tile unit gives other products than plain arithmetic";
+  }
+#endif
+  return nullptr;
+}
+
 const char *tq_isa(void) {
-#if defined(TQ_ISA_AVX512)
+#if defined(TQ_ISA_AMX)
+  return "amx";
+#elif defined(TQ_ISA_AVX512)
   return "avx512";
 #elif defined(TQ_ISA_AVX2) && defined(__AVXVNNI__)
   return "avx2vnni";

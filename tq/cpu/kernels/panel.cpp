@@ -92,10 +92,44 @@ class Panels {
   Panel main_, low_;
 };
 
+// dots[t][r] = the products of STEP_COUNT steps of tile t, which are byte_stride apart, with row r of codes, + start[r].
+template <int TILES, int WIDTH, int STEP_COUNT>
+TQ_INLINE void multiply_steps(const uint8_t *bytes, int64_t byte_stride, const int8_t *codes, const Ints (&start)[WIDTH],
+                              Ints (&dots)[TILES][WIDTH]) {
+  if constexpr (HAS_TILE_UNIT && WIDTH == MAX_ROWS) {
+    alignas(64) int32_t products[TILES][WIDTH][TILE_ROWS];
+    tile_products<TILES, STEP_COUNT>(bytes, byte_stride, codes, products[0][0]);
+    unrolled<TILES * WIDTH>([&](auto i) TQ_INLINE_LAMBDA {
+      dots[i / WIDTH][i % WIDTH] = load_ints(products[i / WIDTH][i % WIDTH]) + start[i % WIDTH];
+    });
+  } else {
+    constexpr int SPLIT = std::clamp(CHAINS / (TILES * WIDTH), 1, 4);  // sums that share the steps, dots among them
+    Ints more[SPLIT][TILES][WIDTH];
+    unrolled<TILES * WIDTH>([&](auto i) TQ_INLINE_LAMBDA {
+      dots[i / WIDTH][i % WIDTH] = start[i % WIDTH];
+      unrolled<SPLIT - 1>([&](auto j) TQ_INLINE_LAMBDA { more[j][i / WIDTH][i % WIDTH] = splat_int(0); });
+    });
+    for (int step = 0; step < STEP_COUNT; step += SPLIT, bytes += SPLIT * LANES, codes += SPLIT * 4) {
+      unrolled<SPLIT>([&](auto i) TQ_INLINE_LAMBDA {
+        auto &sums = i == 0 ? dots : more[i - (i > 0)];
+        Bytes w[TILES];
+        unrolled<TILES>([&](auto t) TQ_INLINE_LAMBDA { w[t] = load_bytes(bytes + t * byte_stride + i * LANES); });
+        unrolled<WIDTH>([&](auto r) TQ_INLINE_LAMBDA {
+          const Quad quad = load_quad(codes + r * BLOCK_COLUMNS + i * 4);
+          unrolled<TILES>([&](auto t) TQ_INLINE_LAMBDA { sums[t][r] = dot(sums[t][r], w[t], quad); });
+        });
+      });
+    }
+    unrolled<TILES * WIDTH>([&](auto i) TQ_INLINE_LAMBDA {
+      Ints &sum = dots[i / WIDTH][i % WIDTH];
+      unrolled<SPLIT - 1>([&](auto j) TQ_INLINE_LAMBDA { sum = sum + more[j][i / WIDTH][i % WIDTH]; });
+    });
+  }
+}
+
 // sums [TILES][WIDTH][16] += the products of `n_blocks` blocks of a panel with the rows of a group from `first_block`.
 template <int TILES, int WIDTH, int SEGMENTS, bool SCALED>
 void multiply_panel(const Panel &panel, const RowGroup &x, int first_block, int n_blocks, float *sums) {
-  constexpr int SPLIT = std::clamp(CHAINS / (TILES * WIDTH), 1, 4);  // sums that share the steps of a segment
   constexpr int SEGMENT_STEPS = STEPS / SEGMENTS;
   Floats total[TILES][WIDTH];
   unrolled<TILES * WIDTH>([&](auto i) TQ_INLINE_LAMBDA { total[i / WIDTH][i % WIDTH] = load(sums + 16 * i); });
@@ -107,31 +141,16 @@ void multiply_panel(const Panel &panel, const RowGroup &x, int first_block, int 
   for (int b = 0; b < n_blocks; b++, x_scales += WIDTH, x_sums += 2 * WIDTH) {
     for (int segment = 0; segment < SEGMENTS; segment++) {
       int32_t x_sum[WIDTH];
-      Ints dots[SPLIT][TILES][WIDTH];
+      Ints start[WIDTH], dots[TILES][WIDTH];
       unrolled<WIDTH>([&](auto r) TQ_INLINE_LAMBDA {
         x_sum[r] = SEGMENTS == 1 ? x_sums[r] : segment ? x_sums[WIDTH + r] : x_sums[r] - x_sums[WIDTH + r];
-        const Ints start = splat_int(-panel.offset * x_sum[r]);
-        unrolled<SPLIT * TILES>([&](auto i) TQ_INLINE_LAMBDA {
-          dots[i / TILES][i % TILES][r] = i < TILES ? start : splat_int(0);
-        });
+        start[r] = splat_int(-panel.offset * x_sum[r]);
       });
-      for (int step = 0; step < SEGMENT_STEPS; step += SPLIT, bytes += SPLIT * LANES, codes += SPLIT * 4) {
-        unrolled<SPLIT>([&](auto i) TQ_INLINE_LAMBDA {
-          Bytes w[TILES];
-          unrolled<TILES>([&](auto t) TQ_INLINE_LAMBDA {
-            w[t] = load_bytes(bytes + t * panel.byte_stride + i * LANES);
-          });
-          unrolled<WIDTH>([&](auto r) TQ_INLINE_LAMBDA {
-            const Quad quad = load_quad(codes + r * BLOCK_COLUMNS + i * 4);
-            unrolled<TILES>([&](auto t) TQ_INLINE_LAMBDA { dots[i][t][r] = dot(dots[i][t][r], w[t], quad); });
-          });
-        });
-      }
+      multiply_steps<TILES, WIDTH, SEGMENT_STEPS>(bytes, panel.byte_stride, codes, start, dots);
+      bytes += SEGMENT_STEPS * LANES, codes += SEGMENT_STEPS * 4;
       unrolled<TILES * WIDTH>([&](auto i) TQ_INLINE_LAMBDA {
         constexpr int T = i / WIDTH, R = i % WIDTH;
-        Ints all = dots[0][T][R];
-        unrolled<SPLIT - 1>([&](auto j) TQ_INLINE_LAMBDA { all = all + dots[j + 1][T][R]; });
-        Floats product = to_floats(all);
+        Floats product = to_floats(dots[T][R]);
         if constexpr (SCALED) product = product * load(scales + T * panel.scale_stride);
         total[T][R] = fma(product, splat(x_scales[R]), total[T][R]);
       });
@@ -188,6 +207,7 @@ void multiply_rows(const Job &job, const Activations &activations, int first_til
   const Batch &batch = *job.batch;
   const Step step(m, batch.rows, last_tile - first_tile);
   const Panels panels(m, step.tiles, step.blocks);
+  [[maybe_unused]] const TileUnit unit{};
   const int all_blocks = blocks(m.columns);
   // The sums of every group of rows if not all blocks are multiplied at once.
   constexpr int64_t GROUP_SUMS = MAX_TILES * MAX_ROWS * TILE_ROWS;

@@ -13,7 +13,9 @@
 
 #define TQ_INLINE inline __attribute__((always_inline))
 
-#if defined(TQ_ISA_AVX512)
+#if defined(TQ_ISA_AMX)
+#include "simd_amx.h"
+#elif defined(TQ_ISA_AVX512)
 #include "simd_avx512.h"
 #elif defined(TQ_ISA_AVX2)
 #include "simd_avx2.h"
@@ -22,12 +24,17 @@
 #elif defined(TQ_ISA_GENERIC)
 #include "simd_generic.h"
 #else
-#error "define one of TQ_ISA_AVX512, TQ_ISA_AVX2, TQ_ISA_NEON, TQ_ISA_GENERIC"
+#error "define one of TQ_ISA_AVX512 (with or without TQ_ISA_AMX), TQ_ISA_AVX2, TQ_ISA_NEON, TQ_ISA_GENERIC"
 #endif
 
 namespace tq {
 
 constexpr int BYTE_ZERO = SIGN_FLIP ? 128 : 0;
+
+#if !defined(TQ_ISA_AMX)
+constexpr bool HAS_TILE_UNIT = false;
+struct TileUnit {};
+#endif
 
 // Into the second-level cache, which can wait for more lines at once than the first. The address may lie past the end
 // of its array.

@@ -206,6 +206,7 @@ TQ_API void tq_pack(const uint32_t *weight, int64_t words_per_row, int32_t rows,
 TQ_API void tq_set_threads(int32_t n);             // starts or replaces the pool
 TQ_API int32_t tq_get_threads(void);
 TQ_API const char *tq_isa(void);                   // the instruction set this library was built for
+TQ_API const char *tq_self_check(void);            // once, before all else: NULL, or why this process cannot use it
 TQ_API double tq_read_bandwidth(int64_t bytes);    // bytes per second, best of several reads of that much memory
 TQ_API int32_t tq_struct_size(const char *name);   // sizeof, for Python to compare with its own; -1 for an unknown name
 

@@ -78,9 +78,6 @@ enum tq_layer_parts { TQ_LAYER_ATTENTION = 1, TQ_LAYER_FEED_FORWARD = 2 };
 typedef struct {
   const tq_layer *layer;
   int32_t parts;              // of tq_layer_parts; both halves are residual blocks of their own
-  int32_t position;           // of the first token, for the rotary embedding
-  int32_t row;                // of the cache where the first token goes, the others after it
-  int32_t rows;               // of the cache that hold tokens once these are there
   int32_t causal;             // 1: token i sees the rows up to row + i; 0: all
   int32_t has_cache, has_mask, has_query_factors;
   int32_t exact;
@@ -89,7 +86,12 @@ typedef struct {
   // out[1..8]: keys and values of the sink; keys, key scales, values and value scales of the packed tokens; keys and
   // values of the recent ones, window + 64 rows, as tq_kv_append takes them. `row` is then the position of the first token.
   const tq_kv_code *code;
-  int32_t sink, window, packed;
+  int32_t sink, window;
+  // What differs from token to token.
+  int32_t position;           // of the first token, for the rotary embedding
+  int32_t row;                // of the cache where the first token goes, the others after it
+  int32_t rows;               // of the cache that hold tokens once these are there
+  int32_t packed;
 } tq_layer_params;
 TQ_API void tq_layer_forward(const void *params, const tq_array *in, const tq_array *out);
 

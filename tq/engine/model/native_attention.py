@@ -1,12 +1,10 @@
 """The attention of mlx-lm's models by tq's kernel, where MLX's for the CPU is tens of times slower.
 
-mlx-lm's model files bind ``scaled_dot_product_attention`` by name when they are imported, so ``install`` replaces that
-name in the files that a loaded model is made of. The replacement computes the same and hands over what it cannot do.
+It is what tq.engine.cache.hook puts in place of mlx-lm's function, where the kernels are. It computes the same, packed
+caches included, and hands over what it cannot do.
 """
 
-import sys
-from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -14,29 +12,18 @@ import mlx.nn as nn
 
 from tq import settings
 from tq.cpu import lazy, library
+from tq.engine.cache import hook
+from tq.engine.cache.native import pinned_sinks
 
-NAME = "scaled_dot_product_attention"
-KEPT_SINKS = 512  # arrays of sinks that stay pinned: one per layer of a model that has them
-
-_changed: dict[str, dict[str, Any]] = {}  # namespaces by the name of their module
+_original = hook.original
 
 
 def install(model: nn.Module) -> int:
     """Let the files that ``model`` is made of use the kernel. Returns in how many that changed something."""
-    before = len(_changed)
-    for name in {type(module).__module__ for module in model.modules()}:
-        namespace = vars(sys.modules[name]) if name in sys.modules else {}
-        if namespace.get(NAME) is _original():
-            namespace[NAME] = attention
-            _changed[name] = namespace
-    return len(_changed) - before
+    return hook.install(model, attention)
 
 
-def uninstall() -> None:
-    """Give all files mlx-lm's function back."""
-    for namespace in _changed.values():
-        namespace[NAME] = _original()
-    _changed.clear()
+uninstall = hook.uninstall
 
 
 def attention(
@@ -49,6 +36,9 @@ def attention(
     sinks: mx.array | None = None,
 ) -> mx.array:
     """As mlx-lm's function of the same arguments: (B, n_heads, L, value_dim)."""
+    packed = hook.packed_attention(queries, keys, values, cache, scale, mask, sinks)
+    if packed is not None:
+        return packed
     if hasattr(cache, "bits") or not _fits(queries, keys, values, mask):
         return _original()(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
     B, n_heads, length, _ = queries.shape
@@ -58,17 +48,10 @@ def attention(
     if isinstance(mask, mx.array):
         inputs.append(_four_axes(mask, keys.shape[2]))
     position = keys.shape[2] - length if causal else 0
-    pinned = None if sinks is None else _pinned(sinks)
+    pinned = None if sinks is None else pinned_sinks(sinks)
     params = _params(n_heads, keys.shape[1], keys.shape[3], values.shape[3], scale, causal, position, masked, pinned)
     outputs = [((B, n_heads, length, values.shape[3]), mx.float32)]
     return lazy.call("tq_attend", params, inputs, outputs, keep=pinned, strided=True)[0]
-
-
-@cache
-def _original() -> Callable[..., mx.array]:
-    from mlx_lm.models import base
-
-    return base.scaled_dot_product_attention
 
 
 def _fits(queries: mx.array, keys: Any, values: Any, mask: Any) -> bool:
@@ -122,17 +105,3 @@ def _params(
         exact=settings.cpu_exact(),
         mask=masked,
     )
-
-
-_sinks: dict[int, tuple[mx.array, lazy.Pinned]] = {}
-
-
-def _pinned(sinks: mx.array) -> lazy.Pinned:
-    """The float32 values of ``sinks``, the same object for the same array."""
-    found = _sinks.get(id(sinks))
-    if found is None:
-        if len(_sinks) >= KEPT_SINKS:
-            _sinks.clear()
-        # Beside its values the array itself is kept, because the id of a dead object is given to another.
-        found = _sinks[id(sinks)] = (sinks, lazy.Pinned(sinks.astype(mx.float32)))
-    return found[1]

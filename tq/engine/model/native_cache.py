@@ -55,11 +55,19 @@ def place(cache: Any, n_tokens: int, form: Form) -> Place | None:
 
 
 @once
+def plain_cache() -> type:
+    """The cache that keeps all tokens in order."""
+    from mlx_lm.models.cache import KVCache
+
+    return KVCache
+
+
+@once
 def _places() -> dict[type, Callable[[Any, int, Form], Place | None]]:
     """By the exact type: a subclass may keep something else."""
-    from mlx_lm.models.cache import KVCache, RotatingKVCache
+    from mlx_lm.models.cache import RotatingKVCache
 
-    return {KVCache: _in_order, RotatingKVCache: _in_ring}
+    return {plain_cache(): _in_order, RotatingKVCache: _in_ring}
 
 
 def _in_order(cache: Any, n_tokens: int, form: Form) -> Place | None:

@@ -5,7 +5,7 @@ kernel cannot do (batches, quantized caches, other types) goes through the forwa
 """
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from tq.cpu import lazy, library
-from tq.engine.cache.packed import PackedKVCache, code_of
+from tq.engine.cache.packed import PackedKVCache
 from tq.engine.model import native_cache
 from tq.engine.model.layers import QuantLinear
 from tq.engine.model.native_cache import Form
@@ -38,6 +38,8 @@ class Kernel:
         network, before, after: The name of the feed-forward network in a layer whose second half is left to its own
             modules, and of the norms before and after it.
         residual: What that half is multiplied by.
+        calls: How often the kernel was called.
+        bound: The ways in which it was called so far.
     """
 
     parts: int
@@ -52,6 +54,18 @@ class Kernel:
     after: str | None = None
     residual: float = 1.0
     calls: int = 0
+    bound: dict[tuple, lazy.Bound] = field(default_factory=dict)
+
+    def append(self, x: mx.array, cache: Any) -> mx.array | None:
+        """What `attend` gives for a token that mlx-lm's own cache has room for, in a third of the time; or None."""
+        if self.form is None or type(cache) is not native_cache.plain_cache():
+            return None
+        heads, key_dim, value_dim, _ = self.form
+        y = self._bound((self.parts, False, True, False, False, self.exact), 2).append(
+            x, cache, heads, key_dim, value_dim
+        )
+        self.calls += y is not None
+        return y
 
     def attend(self, x: mx.array, mask: Any, cache: Any, factors: mx.array | None, parts: int) -> mx.array | None:
         """The half with attention, or both. None if the kernel cannot do this."""
@@ -59,38 +73,33 @@ class Kernel:
         if len(shape) != 3 or shape[0] != 1 or x.dtype != mx.float32 or not shape[1]:
             return None
         tokens = shape[1]
-        inputs, aliases = [x], [NO_ALIAS]
-        outputs: list[lazy.Output] = [(shape, mx.float32)]
+        if factors is not None and (factors.size != tokens or factors.dtype != mx.float32):
+            return None
         if isinstance(cache, PackedKVCache):
             return self._attend_packed(x, mask, cache, factors, parts)
-        row, rows, position, found = 0, tokens, 0, None
+        inputs, row, rows, position, finish = [x], 0, tokens, 0, None
         if cache is not None:
             assert self.form is not None
             found = native_cache.place(cache, tokens, self.form)
             if found is None:
                 return None
-            keys, values, row, rows, position, _ = found
+            keys, values, row, rows, position, finish = found
             inputs += (keys, values)
-            outputs += [(keys.shape, keys.dtype), (values.shape, values.dtype)]
-            aliases += (1, 2)
-            del keys, values
+            del found, keys, values  # nobody else may hold them when they are written to
         causal = type(mask) is str
-        has_mask = mask is not None and not causal
-        if has_mask:
+        masked = mask is not None and not causal
+        if masked:
             if not self._reads(mask, tokens, rows):
                 return None
             inputs.append(mask)
         elif causal and mask != "causal":
             return None
         if factors is not None:
-            if factors.size != tokens or factors.dtype != mx.float32:
-                return None
             inputs.append(factors)
-        flags = (causal, found is not None, has_mask, factors is not None, self.exact)
-        params = library.LayerParams(self.address, parts, position, row, rows, *flags)
-        y, *buffers = lazy.call("tq_layer_forward", params, inputs, outputs, aliases, self.pinned)
-        if found is not None:
-            found.finish(*buffers)
+        what = (parts, causal, finish is not None, masked, factors is not None, self.exact)
+        y, *buffers = self._bound(what, 2)(inputs, (position, row, rows))
+        if finish is not None:
+            finish(*buffers)
         self.calls += 1
         return y
 
@@ -100,22 +109,17 @@ class Kernel:
         tokens, form = x.shape[1], self.form
         if form is None or not ((mask is None and tokens == 1) or (type(mask) is str and mask == "causal")):
             return None
-        inputs = [x]
-        if factors is not None:
-            if factors.size != tokens or factors.dtype != mx.float32:
-                return None
-            inputs.append(factors)
-        cache.reserve(tokens, form.n_kv_heads, form.head_dim, form.value_dim)
-        code = code_of(cache.kv_bits, form.head_dim, form.value_dim)  # which stays: no call has to keep it
-        first = len(inputs)
-        outputs = [(x.shape, mx.float32), *((a.shape, a.dtype) for a in cache.arrays)]
-        aliases = (NO_ALIAS, *range(first, first + len(cache.arrays)))
+        code = cache.native(tokens, form.n_kv_heads, form.head_dim, form.value_dim)
+        if code is None:
+            return None
+        window = cache.settings.window
+        what = (parts, True, True, False, factors is not None, self.exact, code.address, cache.sink, window)
         position = cache.offset
-        flags = (True, True, False, factors is not None, self.exact)
-        held = (code.address, cache.sink, cache.window, cache.packed)
-        params = library.LayerParams(self.address, parts, position, position, position + tokens, *flags, *held)
-        arrays, cache.arrays = cache.arrays, []  # nobody else may hold them when they are written to
-        y, *arrays = lazy.call("tq_layer_forward", params, inputs + arrays, outputs, aliases, self.pinned)
+        inputs, cache.arrays = [x, *cache.arrays], []  # nobody else may hold them when they are written to
+        held = len(inputs) - 1
+        if factors is not None:
+            inputs.append(factors)
+        y, *arrays = self._bound(what, held)(inputs, (position, position, position + tokens, cache.packed))
         cache.advance(arrays, tokens)
         self.calls += 1
         return y
@@ -124,10 +128,24 @@ class Kernel:
         """The half with the feed-forward network. None if the kernel cannot do this."""
         if x.dtype != mx.float32 or 0 in x.shape:
             return None
-        params = library.LayerParams(self.address, FEED_FORWARD, exact=self.exact)
-        (y,) = lazy.call("tq_layer_forward", params, [x], [(x.shape, mx.float32)], keep=self.pinned)
+        (y,) = self._bound((FEED_FORWARD, False, False, False, False, self.exact), 0)([x], ())
         self.calls += 1
         return y
+
+    def _bound(self, what: tuple, held: int) -> lazy.Bound:
+        """A call of the kernel, made once for the parameters that come first in tq_layer_params.
+
+        Args:
+            what: Those after its address; the third says that there is a cache.
+            held: Arrays of the cache, which follow x and which the outputs behind y continue.
+        """
+        found = self.bound.get(what)
+        if found is None:
+            params = library.LayerParams(self.address, *what)
+            aliases = [NO_ALIAS, *range(1, 1 + held if what[2] else 1)]
+            found = lazy.bind("tq_layer_forward", params, "position", aliases, self.pinned)
+            self.bound[what] = found
+        return found
 
     def _reads(self, mask: Any, tokens: int, rows: int) -> bool:
         """Whether a mask is an array that broadcasts to (heads, tokens, rows), with all rows there."""
@@ -195,9 +213,12 @@ def run(
     module: Any, kernel: Kernel, x: mx.array, mask: Any, cache: Any, factors: mx.array | None = None
 ) -> mx.array | None:
     """What a layer or attention computes, or None if its own forward must."""
-    # A prompt in two steps: nobody asks for the second one of the last layer if only the cache is wanted.
-    parts = kernel.parts if x.shape[1] == 1 else ATTENTION
-    h = kernel.attend(x, mask, cache, factors, parts)
+    parts = kernel.parts
+    h = kernel.append(x, cache) if mask is None and factors is None else None
+    if h is None:
+        # A prompt in two steps: nobody asks for the second one of the last layer if only the cache is wanted.
+        parts = parts if x.shape[1] == 1 else ATTENTION
+        h = kernel.attend(x, mask, cache, factors, parts)
     if h is None or parts & FEED_FORWARD:
         return h
     if kernel.parts & FEED_FORWARD:

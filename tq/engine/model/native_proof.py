@@ -1,7 +1,9 @@
 """Which modules of a model run natively: those that compute on random tokens what their own forward computes.
 
-The comparison is in float32 throughout: a prompt, its continuation, single tokens, a mask, and what the cache holds
-afterwards. A module that differs keeps its forward, with the reason.
+The first module of each sort is compared thoroughly: a prompt, its continuation, single tokens, a mask, far positions,
+large logits, and what the cache holds afterwards. Others of that sort, which have the same code and the same settings
+but other weights and another number, are compared for one token. A module that differs keeps its forward, with the
+reason.
 """
 
 import re
@@ -21,13 +23,12 @@ from tq.engine.model.layers import QuantLinear
 from tq.engine.model.native_experts import FusedExperts
 from tq.engine.model.native_layers import Kernel, NativeModule
 from tq.engine.model.native_parts import FeedForward, Unfamiliar, is_feed_forward
-from tq.engine.model.native_probe import Calls
 from tq.engine.model.native_routing import Mixture, is_mixture
 from tq.engine.model.native_structure import Attention, Layer
 
 DISAGREEMENT = 1e-4  # of what a module adds to its input, relative to the root mean square
 SHARP = 12.0  # root mean square of the logits at which a soft cap shows
-TRIES = 3  # of a mixture of experts: a choice may turn on the last bit, which is no disagreement
+TRIES = 3  # where a choice may turn on the last bit, which is no disagreement: of experts, or of codes of 8 bits
 NUMBER = re.compile(r"idx|index|layer_id|layer_number")
 Claim = Layer | Attention | FeedForward | Mixture
 
@@ -53,7 +54,7 @@ def install(model: nn.Module) -> list[Adoption]:
     """
     if "adoptions" in vars(model):
         return vars(model)["adoptions"]
-    proven: set[tuple] = set()
+    proven: dict[tuple, int] = {}
     adoptions: list[Adoption] = []
     covered: tuple[str, ...] = ()
     for path, module in sorted(model.named_modules(), key=lambda item: item[0].count(".")):
@@ -125,28 +126,40 @@ KINDS = (
 )
 
 
-def _adopt(module: nn.Module, kind: _Kind, proven: set[tuple]) -> list[str]:
-    """Make a module native. Returns the names of the parts that it stands for. Raises Unfamiliar."""
+def _adopt(module: nn.Module, kind: _Kind, proven: dict[tuple, int]) -> list[str]:
+    """Make a module native. Returns the names of the parts that it stands for. Raises Unfamiliar.
+
+    Args:
+        proven: Which variant was found right for the sorts of modules so far.
+    """
     arguments = structure.call_arguments(module)
     found = next((c for c in kind.classes if tuple(arguments[: len(c.arguments)]) == c.arguments), None)
     if found is None or (found is native.NativeFeedForward and len(arguments) > 1):
         raise Unfamiliar(f"is called with {', '.join(arguments)}")
     claim = kind.read(module)
-    sort = (type(module), _outline(claim), _settings(module))
-    for variant in _variants(claim):
+    sort = (*map(type, module.modules()), _outline(claim), _settings(module))
+    variants = list(_variants(claim))
+    if sort in proven:
+        variant = variants[proven[sort]]
         kernel = kind.kernel(variant)
-        error = _least_disagreement(
-            module, found, kernel, variant, native_probe.BRIEF if sort in proven else native_probe.THOROUGH
-        )
-        if error < DISAGREEMENT and sort not in proven:
+        if any(native_probe.glimpse(module, found, kernel, attempt) < DISAGREEMENT for attempt in range(TRIES)):
+            return _adopted(module, found, kernel, variant)
+    for number, variant in enumerate(variants):
+        kernel = kind.kernel(variant)
+        error = _least_disagreement(module, found, kernel, variant)
+        if error < DISAGREEMENT:
             error = max(error, _sharp_disagreement(module, found, kind, variant))
         if error < DISAGREEMENT:
-            proven.add(sort)
-            native.adopt(module, found, kernel)
-            if isinstance(variant, Layer) and variant.feed_forward is None:
-                return [f"{variant.names['attention']}."]
-            return [""]
+            proven[sort] = number
+            return _adopted(module, found, kernel, variant)
     raise Unfamiliar(f"computes something else ({error:.1e} of its output apart)")
+
+
+def _adopted(module: nn.Module, found: type[NativeModule], kernel: Kernel, claim: Claim) -> list[str]:
+    native.adopt(module, found, kernel)
+    if isinstance(claim, Layer) and claim.feed_forward is None:
+        return [f"{claim.names['attention']}."]
+    return [""]
 
 
 def _variants(claim: Claim) -> Iterator[Claim]:
@@ -207,7 +220,7 @@ def _sharp_disagreement(module: Any, found: type[NativeModule], kind: _Kind, cla
     before = owner.scale
     owner.scale = before * factor
     try:
-        return _least_disagreement(module, found, kernel, claim, native_probe.THOROUGH)
+        return _least_disagreement(module, found, kernel, claim)
     finally:
         owner.scale = before
 
@@ -224,13 +237,11 @@ def _logit_size(attention: Attention, size: float) -> float:
     return max(abs(attention.scale) * sizes[0] * sizes[1] * dim**0.5, 1e-6)
 
 
-def _least_disagreement(
-    module: nn.Module, found: type[NativeModule], kernel: Kernel, claim: Claim, calls: Calls
-) -> float:
+def _least_disagreement(module: nn.Module, found: type[NativeModule], kernel: Kernel, claim: Claim) -> float:
     network = claim.feed_forward if isinstance(claim, Layer) else claim
     least = float("inf")
     for attempt in range(TRIES if isinstance(network, Mixture) else 1):
-        least = min(least, native_probe.disagreement(module, found, kernel, calls, attempt))
+        least = min(least, native_probe.disagreement(module, found, kernel, attempt))
         if least < DISAGREEMENT:
             break
     return least
