@@ -8,7 +8,8 @@
 // u = (2 code + 1) / 2^BITS - 1, exactly. The levels are an odd function of u in 0 to 6 instructions, or else a table.
 // tq/metal/fit.py chooses.
 
-constant constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to an integer
+// 1.5 * 2^23: adding and subtracting it rounds to an integer. It is added by fma, which no math mode takes apart.
+constant constexpr float ROUND = 12582912.0f;
 
 // FORM: the degree of a polynomial in u^2, to be multiplied by u. Or FROM_TABLE. Or QUARTIC + n: v + |v|^3 v with
 // v = u n / 32, for 3 bits, and for 4 with an even n: one instruction less than degree 2.

@@ -3,6 +3,7 @@
     mlx_text   the text that MLX generates for a kernel, character by character
     lowering   that text as C++ for OpenCL, which clang knows
     typecheck  its errors and warnings, with Metal's address spaces; lint has the rules that clang lacks
+    registers  thread arrays that would not be in registers
     library    the text compiled to x86-64 or aarch64 and run by runtime/: a fiber a lane, and a check of every access
     kernel     Kernel, with the arguments of mx.fast.metal_kernel, and emulated(), which puts it in its place
     include/   Metal's standard library, as far as compute kernels use it

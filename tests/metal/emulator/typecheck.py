@@ -13,6 +13,8 @@ from .library import MAX_BUFFERS
 from .lint import lint
 from .variant import Variant
 
+# MLX compiles as Metal 3.1 to 4.1, by the version of macOS; up to 3.2 that is C++14 (device.cpp).
+_CXX14 = "-Wpre-c++17-compat"
 # clang warns of each 1.0 in a text without double; Metal's literals are float.
 _LITERAL = "double precision constant requires"
 # In a kernel that is a template clang allows no threadgroup variables. Metal does.
@@ -57,7 +59,7 @@ def diagnostics(output: str) -> list[str]:
 
 def _front_end(text: str, generic_address_space: bool) -> list[str]:
     """What clang says of a text, which the cache remembers."""
-    options = toolchain.front_end(generic_address_space)
+    options = [*toolchain.front_end(generic_address_space), _CXX14]
 
     def make(folder: Path, path: Path) -> None:
         source = folder / "kernel.clcpp"

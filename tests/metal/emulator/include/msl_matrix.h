@@ -67,21 +67,21 @@ METAL_FUNC void simdgroup_multiply_accumulate(thread simdgroup_matrix<D, 8, 8>& 
   float sum[2] = {(float)c.elements[0], (float)c.elements[1]};
   msl_offer(own, site, MSL_MATRIX);
   const int row = msl_row(::msl_lane()), column = msl_column(::msl_lane());
-  float left[8], right[2][8];  // a's row, b's two columns
+  float a_row[8], b_columns[2][8];
   for (int lane = 0; lane < 32; lane++) {
     const float4 other = msl_offer_of<float4>(lane);
     const int y = msl_row(lane), x = msl_column(lane);
     if (y == row) {
-      left[x] = other[0];
-      left[x + 1] = other[1];
+      a_row[x] = other[0];
+      a_row[x + 1] = other[1];
     }
     if (x == column) {
-      right[0][y] = other[2];
-      right[1][y] = other[3];
+      b_columns[0][y] = other[2];
+      b_columns[1][y] = other[3];
     }
   }
   for (int i = 0; i < 2; i++) {
-    for (int k = 0; k < 8; k++) sum[i] += left[k] * right[i][k];
+    for (int k = 0; k < 8; k++) sum[i] += a_row[k] * b_columns[i][k];
     d.elements[i] = (D)sum[i];
   }
 }
