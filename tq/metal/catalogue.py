@@ -25,7 +25,8 @@ def catalogue() -> Iterator[Variant]:
     tables = [Codes(bits, 64, _irregular(bits), " from a table") for bits in (2, 3, 4)]
     usual = [_codes(3, 64), _codes(4, 64)]
     yield from matvec.variants([*groups, *rows, *tables], HALF, [(1, 8192, COLUMNS)])
-    yield from matvec.variants(usual, DTYPES, [(1, 8192, COLUMNS), (4, 8192, COLUMNS), (8, 8192, COLUMNS)])
+    yield from matvec.variants(usual, (mx.bfloat16, mx.float32), [(1, 8192, COLUMNS)])
+    yield from matvec.variants(usual, DTYPES, [(4, 8192, COLUMNS), (8, 8192, COLUMNS)])
     yield from matvec.variants(usual, HALF, [(1, 4096, n) for n in (512, 768, 1024, 2880, 5120)])
     yield from matmul.variants(groups, HALF, [(64, 2048, 2048)])
     yield from matmul.variants(usual, DTYPES, [(512, 2048, 2048)])

@@ -186,7 +186,7 @@ def _launch(
             "WHOLE": columns % run_length(bits) == 0,
             "ROWS": ROWS,
             "LK": lanes,
-            "PAIRS_PER_X": pairs // x_rows,
+            "PAIRS_PER_X": pairs // max(x_rows, 1),
             "BIAS": bias,
             "SLOTS": slots,
             **dict(extra),

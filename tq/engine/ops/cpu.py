@@ -8,12 +8,11 @@ from dataclasses import replace
 from typing import cast
 
 import mlx.core as mx
-import numpy as np
 
 from tq.cpu import lazy, library
 from tq.engine.ops.prepared import Prepared, PreparedRotation, prepare_rotation
 from tq.engine.ops.prepared import prepare as to_memory_order
-from tq.engine.ops.reference import add_bias, expert_bias
+from tq.engine.ops.reference import add_bias, expert_bias, in_pairs
 from tq.engine.quantize import PackedTensor
 from tq.engine.quantize.spec import FOREIGN_GROUP_SIZE
 
@@ -73,16 +72,8 @@ def gather_matmul(
     sorted_indices: bool = False,
     bias: mx.array | None = None,
 ) -> mx.array:
-    batch = np.broadcast_shapes(x.shape[:-2], indices.shape)
-    if indices.shape != batch:
-        indices = mx.broadcast_to(indices, batch)
-    # The kernel repeats each row of x for consecutive experts: for the trailing axes of 1.
-    kept = x.ndim - 2
-    while kept and x.shape[kept - 1] == 1:
-        kept -= 1
-    if x.ndim - 2 != len(batch) or x.shape[:kept] != batch[:kept]:
-        x = mx.broadcast_to(x, (*batch, *x.shape[-2:]))
-    y = _gather(x, indices, _prepared(packed), (*batch, 1, packed.shape[1])).astype(x.dtype)
+    x, indices = in_pairs(x, indices)
+    y = _gather(x, indices, _prepared(packed), (*indices.shape, 1, packed.shape[1])).astype(x.dtype)
     return add_bias(y, expert_bias(bias, indices))
 
 

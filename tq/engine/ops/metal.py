@@ -4,7 +4,6 @@ A kernel that failed its check on this device is switched off: ``supports`` then
 """
 
 import mlx.core as mx
-import numpy as np
 
 from tq.engine.ops import reference
 from tq.engine.quantize import PackedTensor, QuantSpec
@@ -69,10 +68,11 @@ def gather_matmul(
     sorted_indices: bool = False,
     bias: mx.array | None = None,
 ) -> mx.array:
-    batch = np.broadcast_shapes(x.shape[:-2], indices.shape)
-    if indices.shape != batch:
-        indices = mx.broadcast_to(indices, batch)
-    return _gather(x, packed, indices, sorted_indices, bias)
+    x, indices = reference.in_pairs(x, indices)
+    rows, ids = x.reshape(-1, x.shape[-1]), _flat(indices)
+    weight, scales, codebook, bits, group_size = stored(packed)
+    y = experts.gather(rows, weight, scales, codebook, ids, bits, group_size, bias, neighbours=sorted_indices)
+    return y.reshape(*indices.shape, 1, packed.shape[1])
 
 
 def embed(ids: mx.array, packed: PackedTensor, dtype: mx.Dtype) -> mx.array:
@@ -113,23 +113,7 @@ def _per_head(x: mx.array, packed: PackedTensor) -> mx.array:
     *batch, x_heads, length, _ = x.shape if x.ndim > 2 else (1, *x.shape)
     x = mx.broadcast_to(x, (*batch, heads, length, x.shape[-1])) if x_heads != heads else x
     expert = mx.broadcast_to(mx.arange(heads, dtype=mx.uint32)[:, None], (*batch, heads, length))
-    return _gather(x[..., None, :], packed, expert, length > 1).squeeze(-2)
-
-
-def _gather(
-    x: mx.array, packed: PackedTensor, indices: mx.array, sorted_indices: bool, bias: mx.array | None = None
-) -> mx.array:
-    batch = indices.shape
-    # Launchers repeat each row of x for consecutive indices: for the trailing axes of 1.
-    kept = x.ndim - 2
-    while kept and x.shape[kept - 1] == 1:
-        kept -= 1
-    if x.ndim - 2 != len(batch) or x.shape[:kept] != batch[:kept]:
-        x = mx.broadcast_to(x, (*batch, *x.shape[-2:]))
-    rows, ids = x.reshape(-1, x.shape[-1]), _flat(indices)
-    weight, scales, codebook, bits, group_size = stored(packed)
-    y = experts.gather(rows, weight, scales, codebook, ids, bits, group_size, bias, neighbours=sorted_indices)
-    return y.reshape(*batch, 1, packed.shape[1])
+    return gather_matmul(x[..., None, :], packed, expert, length > 1).squeeze(-2)
 
 
 def _flat(indices: mx.array) -> mx.array:

@@ -1,6 +1,7 @@
 """What every operation on packed arrays means, in plain mx. Slow, works everywhere, the truth for other backends."""
 
 import mlx.core as mx
+import numpy as np
 
 from tq.engine.quantize import PackedTensor, decode_rotated
 
@@ -64,3 +65,20 @@ def add_bias(y: mx.array, bias: mx.array | None) -> mx.array:
 def expert_bias(bias: mx.array | None, indices: mx.array) -> mx.array | None:
     """The row of each expert, for results of ``gather_matmul``: (..., 1, out)."""
     return None if bias is None else mx.expand_dims(bias[indices], -2)
+
+
+def in_pairs(x: mx.array, indices: mx.array) -> tuple[mx.array, mx.array]:
+    """Inputs of ``gather_matmul`` for kernels that repeat each row of x for consecutive indices.
+
+    Returns:
+        indices (*batch), and x (..., 1, in) with the axes of ``batch``, whose trailing ones may be 1.
+    """
+    batch = np.broadcast_shapes(x.shape[:-2], indices.shape)
+    if indices.shape != batch:
+        indices = mx.broadcast_to(indices, batch)
+    kept = x.ndim - 2
+    while kept and x.shape[kept - 1] == 1:
+        kept -= 1
+    if x.ndim - 2 != len(batch) or x.shape[:kept] != batch[:kept]:
+        x = mx.broadcast_to(x, (*batch, *x.shape[-2:]))
+    return x, indices
