@@ -48,6 +48,7 @@ class _Hidden:
         self.shared = {k: v for k, v in packed.arrays.items() if k in SHARED}
         self.decoded: mx.array | None = None
         self.prepared: PackedTensor | None = None  # the matrix in the memory order of the CPU kernels
+        self.stored: PackedTensor | None = None  # the matrix as the module's arrays were when it was last asked for
         self.has_bias = False  # whether products with it contain the bias
 
 
@@ -80,8 +81,16 @@ class QuantModule(nn.Module):
     def packed(self) -> PackedTensor:
         if self.hidden.prepared is not None:
             return self.hidden.prepared
-        stored = {name: array for name, array in self.items() if name != "bias"}
-        return PackedTensor(self.spec, self.hidden.shape, stored | self.hidden.shared, self.hidden.decoded)
+        stored = self.hidden.stored
+        if stored is None or stored.decoded is not self.hidden.decoded or self._arrays_changed(stored):
+            own = {name: array for name, array in self.items() if name != "bias"}
+            stored = PackedTensor(self.spec, self.hidden.shape, own | self.hidden.shared, self.hidden.decoded)
+            self.hidden.stored = stored
+        return stored
+
+    def _arrays_changed(self, stored: PackedTensor) -> bool:
+        """Whether arrays were loaded since, as ``nn.Module.update`` does."""
+        return any(array is not stored.arrays[name] for name, array in self.items() if name != "bias")
 
     @property
     def prepared(self) -> Prepared | None:
@@ -100,7 +109,7 @@ class QuantModule(nn.Module):
     def prepare(self) -> None:
         """Put the weight into the memory order of the CPU kernels, and release the stored arrays."""
         packed, bias = self.packed, self.get("bias")
-        self.hidden.prepared = ops.cpu.prepare(packed, bias)
+        self.hidden.prepared, self.hidden.stored = ops.cpu.prepare(packed, bias), None
         self.hidden.has_bias = bias is not None
         for name in packed.per_matrix_arrays:
             self.pop(name)

@@ -23,7 +23,11 @@ OPS = ("matmul", "gather_matmul", "embed")
 
 def forced_backend() -> str:
     """The value of ``TQ_BACKEND``, ``auto`` if unset. Raises UsageError for an unknown name."""
-    name = os.environ.get("TQ_BACKEND", "auto") or "auto"
+    return _known(os.environ.get("TQ_BACKEND") or "auto")
+
+
+@lru_cache(maxsize=16)
+def _known(name: str) -> str:
     valid = ("auto", *(b.name for b in BACKENDS))
     if name not in valid:
         raise UsageError(f"TQ_BACKEND={name} is not one of {', '.join(valid)}")
