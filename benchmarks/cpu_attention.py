@@ -15,15 +15,13 @@ import time
 from ctypes import byref, c_int32, c_int64
 from dataclasses import dataclass
 
-import mlx.core as mx
 import numpy as np
 from common import write
 
 from tq.cpu import library
-from tq.cpu.library import Array, AttendParams, KVCode, Segment
-from tq.engine.ops.prepared import codebook_table, prepare_rotation
-from tq.engine.quantize.codebooks import lloyd_max
-from tq.engine.quantize.rotation import random_signs
+from tq.cpu.library import Array, AttendParams, Segment
+from tq.engine.cache import native
+from tq.engine.cache.settings import KVSettings
 
 MODELS = {  # layers, query heads, key-value heads, head dimension
     "SmolLM2-135M": (30, 9, 3, 64),
@@ -55,24 +53,6 @@ def arrays(*values: np.ndarray) -> ctypes.Array:
     return made
 
 
-class Code:
-    """How keys and values are packed, and the memory that says so."""
-
-    def __init__(self, bits: tuple[int, int], dim: int):
-        self.kept: list = []
-        fields: dict = {}
-        for name, width in zip(("key", "value"), bits, strict=True):
-            rotation = prepare_rotation(mx.array(random_signs(dim)))
-            fields |= {f"{name}_bits": width, f"{name}_rotation": rotation.rotation}
-            self.kept.append(rotation)
-            if width < 8:
-                table = codebook_table(tuple(lloyd_max(2**width).tolist()))
-                fields |= {f"{name}_table": table.high.ctypes.data, f"{name}_values": table.values.ctypes.data}
-                fields |= {f"{name}_table_scale": table.scale}
-                self.kept.append(table)
-        self.code = KVCode(**fields)
-
-
 @dataclass
 class Layer:
     """A cache, a query and the parameters of its attention."""
@@ -80,7 +60,7 @@ class Layer:
     params: AttendParams
     inputs: list[np.ndarray]
     out: np.ndarray
-    kept: Code | None
+    kept: native.Code | None
 
     def __post_init__(self):
         self.arguments = byref(self.params), arrays(*self.inputs), arrays(self.out)
@@ -103,20 +83,21 @@ def float_layer(query: np.ndarray, keys: np.ndarray, values: np.ndarray) -> Laye
     return Layer(params, [query, keys, values], np.empty_like(query), None)
 
 
-def packed_layer(kernels: ctypes.CDLL, query: np.ndarray, keys: np.ndarray, values: np.ndarray, code: Code) -> Layer:
+def packed_layer(
+    kernels: ctypes.CDLL, query: np.ndarray, keys: np.ndarray, values: np.ndarray, code: native.Code
+) -> Layer:
     """The same with keys and values, which are float32, encoded."""
     _, kv_heads, tokens, dim = keys.shape
     layer = float_layer(query, keys, values)
     params = layer.params
-    params.code, params.n_segments, params.position = code.code, 2, 0
+    params.code, params.n_segments, params.position = code.structure, 2, 0
     params.segments[0] = Segment(format=PACKED, capacity=tokens, count=tokens)
     # An append wants somewhere for tokens that do not fill a block.
     params.segments[1] = Segment(format=FLOAT32, capacity=BLOCK_TOKENS, position=tokens)
     cache = []
-    for bits, is_value in ((code.code.key_bits, 0), (code.code.value_bits, 1)):
-        block = kernels.tq_kv_block_bytes(dim, bits, is_value)
-        cache.append(np.zeros((1, kv_heads, tokens // BLOCK_TOKENS, block), np.uint8))
-        cache.append(np.zeros((1, kv_heads, tokens), np.float16))
+    for side in code.sides:
+        cache.append(np.zeros((1, kv_heads, tokens // BLOCK_TOKENS, side.block_bytes), np.uint8))
+        cache.append(np.zeros((1, kv_heads, tokens * side.planes), np.float16))
     recent = [np.zeros((1, kv_heads, BLOCK_TOKENS, dim), np.float32) for _ in range(2)]
     kernels.tq_kv_append(byref(params), arrays(keys, values), arrays(*cache, *recent))
     params.position, params.n_segments = tokens - 1, 1
@@ -140,7 +121,7 @@ def caches(kernels: ctypes.CDLL, model: str, tokens: int, layers: int) -> dict[s
     _, heads, kv_heads, dim = MODELS[model]
     generator = np.random.default_rng(0)
     found: dict[str, list[Layer]] = {name: [] for name in CACHES}
-    codes = {name: Code(kind, dim) for name, kind in CACHES.items() if isinstance(kind, tuple)}
+    codes = {name: native.code(KVSettings(*kind), dim, dim) for name, kind in CACHES.items() if isinstance(kind, tuple)}
     for _ in range(layers):
         query = generator.standard_normal((1, heads, 1, dim), np.float32)
         keys, values = (generator.standard_normal((1, kv_heads, tokens, dim), np.float32) for _ in range(2))

@@ -1,18 +1,19 @@
 """Perplexity with packed keys and values, beside mlx-lm's own quantized cache, as ratios to unpacked ones.
 
-python benchmarks/kv_quality.py -m MODEL --data TEXT [--windows N] [--seq-len N] [--only NAME ...]
+python benchmarks/kv_quality.py -m MODEL --data TEXT [--windows N] [--seq-len N] [--only NAME ... [--add]]
 
 A window goes through the model in steps of 64 tokens, so that later tokens read packed ones. mlx-lm's cache quantizes
 every token at once, in groups of 64; tq's keeps a sink and recent tokens, and rows without them are measured too.
 """
 
 import argparse
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import digest, write
+from common import HERE, digest, write
 
 from tq.cpu import blas
 
@@ -52,6 +53,10 @@ ROWS: dict[str, Callable[[Any], list[Any]]] = {
     "k3v3, no sink or window": packed(KVSettings(3, 3, **BARE)),
     "k4v4, no sink": packed(KVSettings(4, 4, sink=0)),
     "k4v4, window 64": packed(KVSettings(4, 4, window=64)),
+    "k4v4, sink 4": packed(KVSettings(4, 4, sink=4)),
+    "k4v4, sink 32": packed(KVSettings(4, 4, sink=32)),
+    "k4v4, keys less their mean": packed(KVSettings(4, 4, centre=True)),
+    "k3v3, keys less their mean": packed(KVSettings(3, 3, centre=True)),
     "k4v4 affine": packed(KVSettings(4, 4, "affine", "affine")),
     "k4v4 qjl": packed(KVSettings(4, 4, "qjl")),
     "polar": packed(KVSettings.parse("polar")),
@@ -83,6 +88,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--only", nargs="*", choices=list(ROWS), help="measure only these")
+    parser.add_argument("--add", action="store_true", help="to the rows that the file has, if their base is the same")
     options = parser.parse_args()
 
     loaded = load(options.model)
@@ -104,6 +110,12 @@ def main() -> None:
             row["ratio_error"] = round(row["ratio"] * float(means.std(ddof=1)) / math.sqrt(len(means)), 4)
         results.append(row)
         print(row, flush=True)
+    if options.add:
+        before = json.loads((HERE / "kv_quality.json").read_text(encoding="utf-8"))["results"]
+        if before[0] != results[0]:
+            raise SystemExit(f"unpacked keys and values gave {before[0]} before, and {results[0]} now")
+        rows = {row["kv"]: row for row in (*before, *results)}
+        results = [rows[name] for name in ROWS if name in rows]
     write("kv_quality", {"text": digest(options.data), "windows": options.windows, "seq_len": options.seq_len,
                          "model": Path(options.model).name, "results": results})  # fmt: skip
 

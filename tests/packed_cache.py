@@ -15,56 +15,96 @@ F32, F16, PACKED = 0, 1, 2
 DTYPES = {"float32": 0, "float16": 1, "uint32": 2, "int32": 3, "uint8": 4, "bool": 5}
 
 
-class Code:
-    """How keys and values of a cache are packed; `structure` is for C, and valid as long as this object."""
+class Part:
+    """Numbers of a key or value that are coded together."""
 
-    def __init__(self, key_bits: int, value_bits: int, head_dim: int, value_dim: int, rotate: bool = True):
-        self.bits, self.dims = (key_bits, value_bits), (head_dim, value_dim)
-        self.rotations = [Rotation(dim) if rotate else None for dim in self.dims]
-        self.levels = [None if bits == 8 else np.array(stored_codebook("lloyd-max", bits)) for bits in self.bits]
-        self.tables, self.table_scales = [np.full(256, 77, np.uint8) for _ in self.bits], [1.0, 1.0]
-        for side, levels in enumerate(self.levels):
-            if levels is not None:
-                table = codebook_table(tuple(levels.tolist()))
-                self.table_scales[side] = float(np.float32(table.scale))
-                self.tables[side][: len(levels)] = table.high[: len(levels)]
+    def __init__(self, dim: int, bits: int, group: int = 0, affine: bool = False, rotate: bool = True):
+        self.dim, self.bits, self.affine = dim, bits, affine
+        self.group = group if group and dim % group == 0 else 0
+        self.n_groups = dim // self.group if self.group else 1
+        self.planes = self.n_groups * (2 if affine else 1)
+        self.rotation = Rotation(dim) if rotate else None
+        self.table, self.table_scale = np.full(256, 77, np.uint8), 1.0
+        if affine:
+            self.levels = np.arange(1 << bits, dtype=np.float32) - (1 << bits >> 1)
+            self.table[: 1 << bits] = self.levels + 128
+        elif bits == 8:
+            self.levels = np.arange(256, dtype=np.float32) - 128
+        else:
+            self.levels = np.array(stored_codebook("lloyd-max", bits), np.float32)
+            table = codebook_table(tuple(self.levels.tolist()))
+            self.table_scale = float(np.float32(table.scale))
+            self.table[: len(self.levels)] = table.high[: len(self.levels)]
+
+    @property
+    def structure(self) -> library.KVPart:
+        rotation = library.Rotation() if self.rotation is None else self.rotation.rotation
+        return library.KVPart(
+            self.dim, self.bits, self.group, self.affine, self.table.ctypes.data, self.levels.ctypes.data,
+            self.table_scale, rotation,
+        )  # fmt: skip
+
+    def values_of(self, codes: np.ndarray, planes: np.ndarray, *, exact: bool = True) -> np.ndarray:
+        """Codes (..., tokens, dim) and planes (..., tokens, planes) as float64 vectors in the original basis."""
+        levels = self.levels.astype(np.float64)
+        if not exact and self.bits < 8:
+            levels = self.table_scale * (self.table[: len(levels)].astype(np.float64) - 128)
+        each = self.dim // self.n_groups
+        scales, minima = (np.repeat(planes[..., i : i + self.n_groups], each, -1) for i in (0, self.n_groups))
+        x = levels[codes] * scales
+        if self.affine:
+            x = x + minima + scales * (1 << self.bits >> 1)
+        return x if self.rotation is None else x @ self.rotation.dense
+
+    def pack(self, codes: np.ndarray, values: bool) -> np.ndarray:
+        """uint8 codes (blocks, 64, dim) -> bytes (blocks, bytes of a block)."""
+        if values:
+            codes = codes.transpose(0, 2, 1)
+        elif self.bits == 8:  # steps of 4 columns, without the last ones that hold nothing
+            whole = np.zeros((len(codes), BLOCK_TOKENS, -(-self.dim // 4) * 4), np.uint8)
+            whole[..., : self.dim] = codes
+            tiles = whole.reshape(len(codes), 4, 16, -1, 4).transpose(0, 1, 3, 2, 4)
+            return np.ascontiguousarray(tiles).reshape(len(codes), -1)
+        return np.stack([pack_codes(block, self.bits) for block in codes]).reshape(len(codes), -1)
+
+
+class Code:
+    """How keys and values of a cache are packed; `structure` is for C, and valid as long as this object.
+
+    `group` and `affine` as in Part; `outliers`: a quarter of the numbers, others for each head, has two bits more.
+    """
+
+    def __init__(
+        self, key_bits: int, value_bits: int, head_dim: int, value_dim: int, rotate: bool = True,
+        group: int = 0, affine: bool = False, outliers: bool = False,
+    ):  # fmt: skip
+        self.bits, self.dims, self.outliers = (key_bits, value_bits), (head_dim, value_dim), outliers
+        self.parts = []
+        for bits, dim in zip(self.bits, self.dims, strict=True):
+            few = dim // 4 if outliers else 0
+            shares = [(few, bits + 2), (dim - few, bits)] if outliers else [(dim, bits)]
+            self.parts.append([Part(n, b, group, affine, rotate and not affine) for n, b in shares])
+        self.planes = [sum(part.planes for part in parts) for parts in self.parts]
 
     @property
     def structure(self) -> library.KVCode:
-        rotations = [library.Rotation() if r is None else r.rotation for r in self.rotations]
-        levels = [None if values is None else values.ctypes.data for values in self.levels]
-        return library.KVCode(
-            *self.bits, self.tables[0].ctypes.data, self.tables[1].ctypes.data, *self.table_scales, *levels, *rotations
-        )
+        sides = []
+        for parts in self.parts:
+            made = (library.KVPart * 2)(*[part.structure for part in parts])
+            sides.append(library.KVSide(made, len(parts), self.outliers))
+        return library.KVCode(*sides)
 
     def block_bytes(self, values: int) -> int:
-        return library.library().tq_kv_block_bytes(self.dims[values], self.bits[values], values)
+        size = library.library().tq_kv_block_bytes
+        return sum(size(part.dim, part.bits, values) for part in self.parts[values])
 
-    def values_of(self, side: int, codes: np.ndarray, scales: np.ndarray, *, exact: bool = True) -> np.ndarray:
-        """Codes (..., tokens, dim) as float64 vectors in the original basis; as those of the table if not exact."""
-        if self.bits[side] == 8:
-            levels = np.arange(256) - 128.0
-        elif exact:
-            levels = self.levels[side].astype(np.float64)
-        else:
-            levels = self.table_scales[side] * (self.tables[side].astype(np.float64) - 128)
-        x = levels[codes] * scales.astype(np.float64)[..., None]
-        rotation = self.rotations[side]
-        return x if rotation is None else x @ rotation.dense
-
-    def pack(self, side: int, codes: np.ndarray) -> np.ndarray:
-        """uint8 codes (B, heads, 64 n, dim) -> bytes (B, heads, n, bytes of a block)."""
-        batch, heads, tokens, dim = codes.shape
-        blocks = codes.reshape(-1, BLOCK_TOKENS, dim)
-        if side == 1:
-            blocks = blocks.transpose(0, 2, 1)
-        elif self.bits[0] == 8:  # steps of 4 columns, without the last ones that hold nothing
-            whole = np.zeros((len(blocks), BLOCK_TOKENS, -(-dim // 4) * 4), np.uint8)
-            whole[..., :dim] = blocks
-            tiles = whole.reshape(len(blocks), 4, 16, -1, 4).transpose(0, 1, 3, 2, 4)
-            return np.ascontiguousarray(tiles).reshape(batch, heads, tokens // BLOCK_TOKENS, -1)
-        packed = np.stack([pack_codes(block, self.bits[side]) for block in blocks])
-        return packed.reshape(batch, heads, tokens // BLOCK_TOKENS, -1)
+    def arrays(self, side: int, batch: int, heads: int, blocks: int) -> list[np.ndarray]:
+        """Memory for the packed tokens of one side, full of garbage."""
+        made = [
+            np.full((batch, heads, blocks, self.block_bytes(side)), 0x5A, np.uint8),
+            np.full((batch, heads, blocks * BLOCK_TOKENS * self.planes[side]), np.nan, np.float16),
+        ]
+        return [*made, np.full((batch, heads, self.dims[side]), -1, np.int32)] if self.outliers else made
 
 
 class Segment:
@@ -93,8 +133,7 @@ class PackedCache:
         self.sinks, self.recent = rows(max(sink, 1)), rows(window + BLOCK_TOKENS)
         self.packed: list[np.ndarray] = []
         for side in (0, 1):
-            self.packed.append(np.full((batch, heads, blocks, code.block_bytes(side)), 0x5A, np.uint8))
-            self.packed.append(np.full((batch, heads, blocks * BLOCK_TOKENS), np.nan, np.float16))
+            self.packed += code.arrays(side, batch, heads, blocks)
 
     def packed_until(self, length: int) -> int:
         """The position of the first token that is not packed when there are `length`."""
@@ -118,16 +157,8 @@ class PackedCache:
         call(library.library().tq_kv_append, params, [keys, values], [a for s in segments for a in s.arrays])
 
     def unpacked(self) -> list[np.ndarray]:
-        """Keys and values of all tokens as float64, packed ones by tq_kv_unpack."""
-        parts: list[list[np.ndarray]] = [[], []]
-        for segment in self.segments:
-            count = segment.structure.count
-            arrays = segment.arrays
-            if segment.structure.format == PACKED:
-                arrays = unpack(self.code, segment, self.heads)
-            for side in (0, 1):
-                parts[side].append(arrays[side][:, :, :count].astype(np.float64))
-        return [np.concatenate(side, axis=2) for side in parts]
+        """Keys and values of all tokens as float64."""
+        return [side.astype(np.float64) for side in unpack(self.code, self.segments, self.heads)]
 
 
 def parameters(segments: list[Segment], n_kv_heads: int, head_dim: int, value_dim: int, code: Code | None):
@@ -154,38 +185,66 @@ def call(operation, params: ctypes.Structure, inputs: list[np.ndarray], outputs:
     operation(ctypes.byref(params), arrays(inputs), arrays(outputs))
 
 
-def unpack(code: Code, segment: Segment, heads: int) -> list[np.ndarray]:
-    """tq_kv_unpack: keys and values of the tokens of a packed segment, float32."""
-    params = parameters([segment], heads, *code.dims, code)
-    batch = segment.arrays[0].shape[0]
-    result = [np.full((batch, heads, segment.structure.count, dim), np.nan, np.float32) for dim in code.dims]
-    call(library.library().tq_kv_unpack, params, segment.arrays, result)
+def unpack(code: Code, segments: list[Segment], heads: int) -> list[np.ndarray]:
+    """tq_kv_unpack: keys and values of all tokens of the segments, float32."""
+    params = parameters(segments, heads, *code.dims, code)
+    batch, tokens = segments[0].arrays[0].shape[0], sum(s.structure.count for s in segments)
+    result = [np.full((batch, heads, tokens, dim), np.nan, np.float32) for dim in code.dims]
+    call(library.library().tq_kv_unpack, params, [a for s in segments for a in s.arrays], result)
     return result
 
 
-def random_packed(code: Code, batch: int, heads: int, tokens: int, random: np.random.Generator, spare: int = 0):
-    """A segment of random codes, `spare` blocks of garbage after them, and its keys and values (exact or by table)."""
-    capacity = (-(-tokens // BLOCK_TOKENS) + spare) * BLOCK_TOKENS
-    arrays, codes, scales = [], [], []
-    for side in (0, 1):
-        n, low = 1 << code.bits[side], int(code.bits[side] == 8)
-        one = random.integers(low, n, (batch, heads, capacity, code.dims[side]), dtype=np.uint8)
-        if code.bits[side] == 8:  # nearly normal, as the codes of real vectors are
-            one = np.clip(np.rint(random.normal(128, 40, one.shape)), 1, 255).astype(np.uint8)
-        else:  # as often as their cells are hit
-            borders = (code.levels[side][1:] + code.levels[side][:-1]) / 2
-            one = np.searchsorted(borders, random.standard_normal(one.shape)).astype(np.uint8)
-        scale = random.uniform(0.5, 1.5, (batch, heads, capacity)) / (40 if code.bits[side] == 8 else 1)
-        scale = scale.astype(np.float16)
-        scale[:, :, tokens:] = np.nan
-        arrays += [code.pack(side, one), scale]
-        codes.append(one[:, :, :tokens])
-        scales.append(scale[:, :, :tokens])
+def random_packed(
+    code: Code, batch: int, heads: int, tokens: int, random: np.random.Generator, spare: int = 0, hidden: int = 0
+):
+    """A segment of random codes, `spare` blocks of garbage after them, and its keys and values (exact or by table).
+
+    The segment leaves out the first `hidden` tokens of its first block.
+    """
+    kept = tokens + hidden
+    blocks = -(-kept // BLOCK_TOKENS) + spare
+    arrays, sides = [], []
+    for side, parts in enumerate(code.parts):
+        found = []
+        packed, planes = code.arrays(side, batch, heads, blocks)[:2]
+        by_block = planes.reshape(batch, heads, blocks, code.planes[side], BLOCK_TOKENS)
+        at = plane = 0
+        for part in parts:
+            shape = (batch, heads, blocks * BLOCK_TOKENS, part.dim)
+            if part.affine:
+                codes = random.integers(0, 1 << part.bits, shape).astype(np.uint8)
+            elif part.bits == 8:  # nearly normal, as the codes of real vectors are
+                codes = np.clip(np.rint(random.normal(128, 40, shape)), 1, 255).astype(np.uint8)
+            else:  # as often as their cells are hit
+                codes = np.searchsorted((part.levels[1:] + part.levels[:-1]) / 2, random.standard_normal(shape))
+                codes = codes.astype(np.uint8)
+            size = (batch, heads, blocks * BLOCK_TOKENS, part.n_groups)
+            unit = 3.4 / (1 << part.bits) if part.affine else 1 / 40 if part.bits == 8 else 1
+            scales = (random.uniform(0.5, 1.5, size) * unit).astype(np.float16)
+            if part.affine:
+                least = -scales * random.uniform(0.3, 0.7, size) * (1 << part.bits)
+                scales = np.concatenate([scales, least.astype(np.float16)], axis=3)
+            scales[:, :, kept:] = np.nan
+            one = part.pack(codes.reshape(-1, BLOCK_TOKENS, part.dim), bool(side)).reshape(batch, heads, blocks, -1)
+            packed[..., at : at + one.shape[3]] = one
+            in_blocks = scales.reshape(batch, heads, blocks, BLOCK_TOKENS, part.planes).swapaxes(3, 4)
+            by_block[..., plane : plane + part.planes, :] = in_blocks
+            at, plane = at + one.shape[3], plane + part.planes
+            found.append((part, codes[:, :, hidden:kept], scales[:, :, hidden:kept].astype(np.float64)))
+        order = np.argsort(random.random((batch, heads, code.dims[side])), axis=2).astype(np.int32)
+        arrays += [packed, planes, order] if code.outliers else [packed, planes]
+        sides.append((found, order))
 
     def dense(exact: bool) -> list[np.ndarray]:
-        return [code.values_of(side, codes[side], scales[side], exact=exact) for side in (0, 1)]
+        made = []
+        for found, order in sides:
+            x = np.concatenate([p.values_of(codes, scales, exact=exact) for p, codes, scales in found], axis=3)
+            if code.outliers:
+                x = np.take_along_axis(x, np.argsort(order, axis=2)[:, :, None], axis=3)
+            made.append(x)
+        return made
 
-    return Segment(PACKED, arrays, tokens), dense
+    return Segment(PACKED, arrays, tokens, first=hidden), dense
 
 
 def attend(

@@ -52,12 +52,14 @@ def check(q, keys, values, **options) -> None:
     assert relative_error(result, expected(q, keys, values, **options)) < EXACT
 
 
-def check_packed(random, code: Code, heads: int, kv_heads: int, queries: int, tokens: int, batch=1, **options) -> None:
+def check_packed(
+    random, code: Code, heads: int, kv_heads: int, queries: int, tokens: int, batch=1, hidden=0, rough=ROUGH, **options
+) -> None:
     """Random codes, behind which there is garbage."""
     q = normal(random, batch, heads, queries, code.dims[0])
-    segment, dense = random_packed(code, batch, kv_heads, tokens, random, spare=1)
+    segment, dense = random_packed(code, batch, kv_heads, tokens, random, spare=1, hidden=hidden)
     options = {"causal": True, "position": max(0, tokens - queries), **options}
-    for exact, limit in ((True, EXACT), (False, ROUGH)):
+    for exact, limit in ((True, EXACT), (False, rough)):
         result = attend(q, [segment], kv_heads, code.dims[1], code=code, exact=exact, **options)
         assert relative_error(result, expected(q, *dense(exact), **options)) < limit
 
@@ -300,13 +302,55 @@ def test_nan_in_a_packed_cache():
         assert np.isnan(result[0, 3, -1]).all() and np.isfinite(result[0, :3]).all()
 
 
+# Groups with and without a rest, of half a block of columns, one and two; minima; outliers.
+FORMS = [
+    {"group": 32}, {"group": 64}, {"group": 128}, {"affine": True}, {"affine": True, "group": 32},
+    {"affine": True, "group": 64}, {"outliers": True}, {"outliers": True, "rotate": False},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_every_form_of_codes(form):
+    random = np.random.default_rng(24)
+    for bits, dims in (((8, 3), (128, 128)), ((4, 4), (64, 256)), ((3, 2), (96, 80)), ((2, 6), (224, 64))):
+        if form.get("outliers"):
+            bits = min(bits[0], 6), bits[1]
+        code = Code(*bits, *dims, **form)
+        for heads, kv_heads, queries in ((3, 1, 1), (8, 2, 2), (14, 2, 9)):
+            check_packed(random, code, heads, kv_heads, queries, 300, batch=2)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_every_form_unpacks(form):
+    random = np.random.default_rng(25)
+    code = Code(6, 4, 128, 96, **form)
+    for hidden in (0, 17):
+        segment, dense = random_packed(code, 2, 3, 150, random, hidden=hidden)
+        for side, rows in enumerate(unpack(code, [segment], 3)):
+            assert relative_error(rows, dense(True)[side]) < 1e-6
+
+
+@pytest.mark.parametrize("hidden", [1, 40, 63])
+def test_a_segment_that_begins_inside_a_block(hidden):
+    """What a window has left behind of its first block is seen by no row, with or without a mask."""
+    random = np.random.default_rng(26)
+    for queries, tokens in ((1, 200), (3, 30), (70, 300)):
+        code = Code(8, 4, 64, 64)
+        check_packed(random, code, 6, 2, queries, tokens, hidden=hidden)
+        check_packed(random, code, 6, 2, queries, tokens, hidden=hidden, causal=False, sinks=normal(random, 6))
+        check_packed(random, code, 6, 2, queries, tokens, hidden=hidden, window=50)
+        mask = random.random((1, 6, queries, tokens)) < 0.6
+        mask[..., 0] = True
+        check_packed(random, code, 6, 2, queries, tokens, hidden=hidden, causal=False, mask=mask)
+
+
 @pytest.mark.parametrize("bits", BITS, ids=str)
 def test_unpacks(bits):
     random = np.random.default_rng(18)
     for dims in ((64, 64), (40, 120), (130, 5)):
         code = Code(*bits, *dims)
         segment, dense = random_packed(code, 2, 3, 150, random)
-        for side, rows in enumerate(unpack(code, segment, 3)):
+        for side, rows in enumerate(unpack(code, [segment], 3)):
             assert relative_error(rows, dense(True)[side]) < 1e-6
 
 

@@ -6,6 +6,7 @@ import pytest
 from metal.emulator import Kernel
 
 from tq.engine import ops
+from tq.engine.cache import mirror
 from tq.engine.cache.packed import PackedKVCache
 from tq.engine.cache.settings import KVSettings
 from tq.engine.cache.storage import Form, Reference, choose
@@ -16,6 +17,7 @@ from tq.errors import TQError
 def backend(metal, monkeypatch):
     monkeypatch.setattr(ops.metal, "unavailable", lambda: None)
     monkeypatch.setattr(ops.cpu, "unavailable", lambda: "caches are on Metal kernels here")
+    monkeypatch.setattr(mirror, "LIMIT_BYTES", -1)  # plain mx decodes packed tokens, as on a GPU
     monkeypatch.setitem(Kernel.defaults, "check", False)  # each kernel has tests of its own
 
 

@@ -110,6 +110,8 @@ class Segment(Structure):
         ("values", c_void_p),
         ("key_scales", c_void_p),
         ("value_scales", c_void_p),
+        ("key_order", c_void_p),
+        ("value_order", c_void_p),
         ("key_head_stride", c_int64),
         ("value_head_stride", c_int64),
         ("key_batch_stride", c_int64),
@@ -124,21 +126,31 @@ class Segment(Structure):
     )
 
 
+class KVPart(Structure):
+    """tq_kv_part."""
+
+    _fields_ = (
+        ("dim", c_int32),
+        ("bits", c_int32),
+        ("group", c_int32),
+        ("affine", c_int32),
+        ("table", c_void_p),
+        ("values", c_void_p),
+        ("table_scale", c_float),
+        ("rotation", Rotation),
+    )
+
+
+class KVSide(Structure):
+    """tq_kv_side."""
+
+    _fields_ = (("parts", KVPart * 2), ("n_parts", c_int32), ("ordered", c_int32))
+
+
 class KVCode(Structure):
     """tq_kv_code."""
 
-    _fields_ = (
-        ("key_bits", c_int32),
-        ("value_bits", c_int32),
-        ("key_table", c_void_p),
-        ("value_table", c_void_p),
-        ("key_table_scale", c_float),
-        ("value_table_scale", c_float),
-        ("key_values", c_void_p),
-        ("value_values", c_void_p),
-        ("key_rotation", Rotation),
-        ("value_rotation", Rotation),
-    )
+    _fields_ = (("keys", KVSide), ("values", KVSide))
 
 
 class AttendParams(Structure):
@@ -161,6 +173,9 @@ class AttendParams(Structure):
         ("exact", c_int32),
         ("mask", c_int32),
         ("pack_from", c_int32),
+        ("n_sequences", c_int32),
+        ("new_first", c_int32),
+        ("new_count", c_int32),
     )
 
 
@@ -293,6 +308,8 @@ class LayerParams(Structure):
         ("code", c_void_p),
         ("sink", c_int32),
         ("window", c_int32),
+        ("limit", c_int32),
+        ("resting", c_int32),
         ("position", c_int32),
         ("row", c_int32),
         ("rows", c_int32),
@@ -311,6 +328,8 @@ STRUCTURES: dict[str, type[Structure]] = {
     "tq_embed_params": EmbedParams,
     "tq_rotate_params": RotateParams,
     "tq_segment": Segment,
+    "tq_kv_part": KVPart,
+    "tq_kv_side": KVSide,
     "tq_kv_code": KVCode,
     "tq_attend_params": AttendParams,
     "tq_sample_params": SampleParams,

@@ -34,20 +34,37 @@ struct Shape {
 };
 
 // Keys or values in an array of one sequence, [kv head][tokens][dim].
-struct Side {
-  int dim, bits;
-  std::vector<float> given;
-  std::vector<float> levels;
-  std::vector<uint8_t> table;
-  float table_scale = 1;
+enum Form { VECTORS, GROUPS, AFFINE, OUTLIERS };
 
-  Side(int kv_heads, int tokens, int dim, int bits)
-      : dim(dim), bits(bits), given(size_t(kv_heads) * tokens * dim), levels(1 << bits), table(256, 99) {
+struct Side {
+  int dim;
+  std::vector<float> given;
+  std::vector<float> levels[2];  // of each part
+  std::vector<uint8_t> table[2];
+  tq_kv_side code{};
+
+  Side(int kv_heads, int tokens, int dim, int bits, Form form) : dim(dim), given(size_t(kv_heads) * tokens * dim) {
     for (float &x : given) x = normal();
-    const int n = 1 << bits;
-    for (int i = 0; i < n; i++) levels[i] = (i + 0.5f - n / 2) * 4.8f / float(n);
-    table_scale = levels[n - 1] / 127;
-    for (int i = 0; i < n; i++) table[i] = uint8_t(128 + std::lround(levels[i] / table_scale));
+    const int few = form == OUTLIERS ? dim / 4 : 0;
+    if (few > 0) add(few, std::min(bits + 2, 8), form);
+    add(dim - few, bits, form);
+    code.ordered = form == OUTLIERS;
+  }
+
+  void add(int n_numbers, int bits, Form form) {
+    const int i = code.n_parts++, n = 1 << bits;
+    tq_kv_part &part = code.parts[i];
+    part.dim = n_numbers;
+    part.bits = bits;
+    part.group = form != OUTLIERS && form != VECTORS && n_numbers % 32 == 0 ? 32 : 0;
+    part.affine = form == AFFINE;
+    levels[i].resize(n);
+    table[i].assign(256, 99);
+    for (int c = 0; c < n; c++) levels[i][c] = part.affine ? c - n / 2 : (c + 0.5f - n / 2) * 4.8f / float(n);
+    part.table_scale = part.affine ? 1 : levels[i][n - 1] / 127;
+    for (int c = 0; c < n; c++) table[i][c] = uint8_t(128 + std::lround(levels[i][c] / part.table_scale));
+    part.table = table[i].data();
+    part.values = levels[i].data();
   }
 };
 
@@ -90,8 +107,9 @@ void compare(const char *what, const Shape &s, const std::vector<double> &want, 
 
 // The tokens go in by two appends. Whole blocks are packed, the rest are rows of type T.
 template <class T>
-void check(const Shape &s, int key_bits, int value_bits, int window) {
-  const Side keys(s.kv_heads, s.tokens, s.head_dim, key_bits), values(s.kv_heads, s.tokens, s.value_dim, value_bits);
+void check(const Shape &s, int key_bits, int value_bits, int window, Form form = VECTORS) {
+  const Side keys(s.kv_heads, s.tokens, s.head_dim, key_bits, form);
+  const Side values(s.kv_heads, s.tokens, s.value_dim, value_bits, form);
   const int blocks = s.tokens / BLOCK_TOKENS, packed = blocks * BLOCK_TOKENS, room = s.tokens - packed + BLOCK_TOKENS;
   tq_attend_params p{};
   p.n_heads = s.heads;
@@ -101,27 +119,23 @@ void check(const Shape &s, int key_bits, int value_bits, int window) {
   p.scale = 1 / std::sqrt(float(s.head_dim));
   p.causal = 1;
   p.window = window;
-  p.code.key_bits = key_bits;
-  p.code.value_bits = value_bits;
-  p.code.key_table = keys.table.data();
-  p.code.value_table = values.table.data();
-  p.code.key_table_scale = keys.table_scale;
-  p.code.value_table_scale = values.table_scale;
-  p.code.key_values = keys.levels.data();
-  p.code.value_values = values.levels.data();
+  p.code = {keys.code, values.code};
 
-  const int64_t key_bytes = tq::key_block_bytes(s.head_dim, key_bits) * blocks;
-  const int64_t value_bytes = tq::value_block_bytes(s.value_dim, value_bits) * blocks;
+  const int64_t key_bytes = tq::block_bytes_of(keys.code, false) * blocks;
+  const int64_t value_bytes = tq::block_bytes_of(values.code, true) * blocks;
+  const int64_t key_planes = tq::planes(keys.code) * packed, value_planes = tq::planes(values.code) * packed;
   const auto key_codes = garbage<uint8_t>(s.kv_heads * key_bytes), value_codes = garbage<uint8_t>(s.kv_heads * value_bytes);
-  const auto key_scales = garbage<uint16_t>(s.kv_heads * packed), value_scales = garbage<uint16_t>(s.kv_heads * packed);
+  const auto key_scales = garbage<uint16_t>(s.kv_heads * key_planes);
+  const auto value_scales = garbage<uint16_t>(s.kv_heads * value_planes);
+  const auto key_order = garbage<int32_t>(s.kv_heads * s.head_dim), value_order = garbage<int32_t>(s.kv_heads * s.value_dim);
   const auto key_rows = garbage<T>(size_t(s.kv_heads) * room * s.head_dim);
   const auto value_rows = garbage<T>(size_t(s.kv_heads) * room * s.value_dim);
   tq_segment &codes = p.segments[0], &rows = p.segments[1];
   p.n_segments = 2;
-  codes = {key_codes.get(), value_codes.get(), key_scales.get(), value_scales.get(), key_bytes, value_bytes, 0, 0, 0, 0,
-           TQ_KV_PACKED, packed, 0, 0, 0};
-  rows = {key_rows.get(), value_rows.get(), nullptr, nullptr, int64_t(room) * s.head_dim, int64_t(room) * s.value_dim,
-          0, 0, 0, 0, sizeof(T) == 2 ? TQ_KV_F16 : TQ_KV_F32, room, 0, 0, 0};
+  codes = {key_codes.get(), value_codes.get(), key_scales.get(), value_scales.get(), key_order.get(), value_order.get(),
+           key_bytes, value_bytes, 0, 0, 0, 0, TQ_KV_PACKED, packed, 0, 0, 0};
+  rows = {key_rows.get(), value_rows.get(), nullptr, nullptr, nullptr, nullptr, int64_t(room) * s.head_dim,
+          int64_t(room) * s.value_dim, 0, 0, 0, 0, sizeof(T) == 2 ? TQ_KV_F16 : TQ_KV_F32, room, 0, 0, 0};
   const int cuts[] = {0, std::max(0, s.tokens - 40), s.tokens};
   for (int i = 0; i < 2; i++) {
     const int first = cuts[i], last = cuts[i + 1];
@@ -154,12 +168,17 @@ void check(const Shape &s, int key_bits, int value_bits, int window) {
       out[side] = {unpacked[side].data(), shapes[side], strides[side], 4, TQ_F32};
     }
     const int32_t code_shape[] = {1, s.kv_heads, blocks, 1}, scale_shape[] = {1, s.kv_heads, packed};
-    const int64_t key_strides[] = {0, key_bytes, 0, 1}, value_strides[] = {0, value_bytes, 0, 1}, scale_strides[] = {0, packed, 1};
-    const tq_array in[] = {{key_codes.get(), code_shape, key_strides, 4, TQ_U8},
-                           {key_scales.get(), scale_shape, scale_strides, 3, TQ_F16},
-                           {value_codes.get(), code_shape, value_strides, 4, TQ_U8},
-                           {value_scales.get(), scale_shape, scale_strides, 3, TQ_F16}};
-    tq_kv_unpack(&p, in, out);
+    const int64_t key_strides[] = {0, key_bytes, 0, 1}, value_strides[] = {0, value_bytes, 0, 1}, other[] = {0, 0, 1};
+    std::vector<tq_array> in;
+    in.push_back({key_codes.get(), code_shape, key_strides, 4, TQ_U8});
+    in.push_back({key_scales.get(), scale_shape, other, 3, TQ_F16});
+    if (form == OUTLIERS) in.push_back({key_order.get(), scale_shape, other, 3, TQ_I32});
+    in.push_back({value_codes.get(), code_shape, value_strides, 4, TQ_U8});
+    in.push_back({value_scales.get(), scale_shape, other, 3, TQ_F16});
+    if (form == OUTLIERS) in.push_back({value_order.get(), scale_shape, other, 3, TQ_I32});
+    tq_attend_params one = p;
+    one.n_segments = 1;
+    tq_kv_unpack(&one, in.data(), out);
     for (int side = 0; side < 2; side++) {
       const int dim = side ? s.value_dim : s.head_dim;
       for (int h = 0; h < s.kv_heads; h++) {
@@ -201,6 +220,11 @@ int main() {
     for (int bits = 1; bits <= 8; bits++) {
       check<float>(shape, bits, 9 - bits, bits % 3 ? 0 : 50);
       check<uint16_t>(shape, bits == 1 ? 8 : bits, bits, 0);
+    }
+    for (const Form form : {GROUPS, AFFINE, OUTLIERS}) {
+      if (form == OUTLIERS && std::min(shape.head_dim, shape.value_dim) < 8) continue;
+      check<float>(shape, form == GROUPS ? 8 : 4, 5, 0, form);
+      check<uint16_t>(shape, 3, 6, 40, form);
     }
   }
   printf("%d failures\n", failures);

@@ -19,7 +19,7 @@ PROGRAMS = {
     "products": ["activations", "decode", "exact", "gather", "machine", "matmul", "matvec", "panel", "pool"],
     "caches": [
         "activations", "attention", "attention_float", "attention_op", "attention_packed", "attention_rows",
-        "kv_append", "kv_encode", "pack", "pool", "rotate",
+        "attention_unpack", "kv_append", "kv_encode", "pack", "pool", "rotate",
     ],
 }  # fmt: skip
 FLAGS = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", "-fopenmp-simd", "-ffp-contract=fast"]

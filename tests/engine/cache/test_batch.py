@@ -9,12 +9,14 @@ from kv_cases import relative, run, token_ids
 from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 from tiny_models import build
 
+from tq.cpu import library
 from tq.engine.cache import hook
 from tq.engine.cache.batch import BatchPackedKVCache
 from tq.engine.cache.convert import convert_cache
 from tq.engine.cache.packed import PackedKVCache
 from tq.engine.cache.settings import KVSettings
 
+needs_kernels = pytest.mark.skipif(not library.state().active, reason=f"no kernels: {library.state().reason}")
 SETTINGS = KVSettings(8, 8, sink=4, window=16)
 LENGTHS = (210, 3, 140)
 
@@ -41,10 +43,13 @@ def merged(single):
     return [layer[0].merge(list(layer)) for layer in zip(*single, strict=True)]
 
 
-@pytest.fixture(params=["hooked", "plain"])
-def model(request, reference):
+@pytest.fixture(params=["hooked", "plain", pytest.param("cpu", marks=needs_kernels)])
+def model(request, monkeypatch):
+    """On the reference, read packed and decoded; and on the CPU kernels, which take all sequences in one call."""
+    monkeypatch.setenv("TQ_BACKEND", "cpu" if request.param == "cpu" else "reference")
+    monkeypatch.setenv("TQ_CPU_EXACT", "1")
     made = build("qwen3")
-    if request.param == "hooked":
+    if request.param != "plain":
         hook.install(made)
     return made
 
@@ -137,9 +142,12 @@ def test_copies_states_and_trimming(model, expected):
             assert relative(got[b], logits[b][3:]) < 0.01
 
 
-def test_windows_of_a_batch(reference):
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_kernels)])
+def test_windows_of_a_batch(backend, monkeypatch):
     """Gemma 3's sliding layers, which a short window packs too."""
+    monkeypatch.setenv("TQ_BACKEND", backend)
     model = build("gemma3_text")
+    hook.install(model)
     settings, following = KVSettings(8, 8, window=0), token_ids(6, batch=2, seed=8)
     model.args.sliding_window = 300
 

@@ -19,7 +19,6 @@ from mlx_lm.models.cache import (
 from tiny_models import build
 
 import tq
-from tq.cpu import library
 from tq.engine.cache import hook
 from tq.engine.cache.convert import pack, summary
 from tq.engine.cache.packed import PackedKVCache
@@ -174,14 +173,6 @@ def test_packing_can_wait(reference):
 def test_defaults_are_the_recommended_ones():
     (cache,) = tq.convert_cache([KVCache()])
     assert cache.settings == KVSettings(8, 3)
-
-
-@pytest.mark.skipif(not library.state().active, reason="no kernels")
-def test_windows_stay_where_kernels_read_them():
-    caches = [KVCache(), RotatingKVCache(4096)]
-    events = tq.upgrade_cache(caches, SETTINGS)
-    assert [e.action for e in events] == ["packed", "kept"]
-    assert events[1].reason == "the CPU kernels read sliding windows unpacked"
 
 
 def test_nothing_to_pack_is_an_error():

@@ -1,16 +1,32 @@
 """A packed sliding window computes what mlx-lm's rotating cache computes."""
 
 import copy
+import json
 
 import mlx.core as mx
 import pytest
-from kv_cases import relative, vectors
-from mlx_lm.models.cache import RotatingKVCache
+from kv_cases import relative, run, token_ids, vectors
+from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
+from tiny_models import write_checkpoint
 
+from tq.cpu import library
+from tq.engine.cache.convert import convert_cache
 from tq.engine.cache.settings import KVSettings
 from tq.engine.cache.window import PackedRotatingKVCache, worth_packing
+from tq.engine.model.convert import convert
+from tq.engine.model.load import load_packed
+from tq.engine.model.native_layers import Kernel
+from tq.engine.model.plan import make_plan
+from tq.engine.model.recipe import Recipe
+from tq.engine.model.sources import open_source
 
+needs_kernels = pytest.mark.skipif(not library.state().active, reason=f"no kernels: {library.state().reason}")
 SETTINGS = KVSettings(8, 8, window=16)
+
+
+@pytest.fixture(params=["reference", pytest.param("cpu", marks=needs_kernels)])
+def backend(request, monkeypatch):
+    monkeypatch.setenv("TQ_BACKEND", request.param)
 
 
 def attend(cache, q, k, v, window_size=None, packed=False):
@@ -27,7 +43,7 @@ STEPS = [[1] * 500, [100] * 7, [600, 1, 1, 50, 1, 47], [249, 1, 1, 1, 248, 1, 19
 # mlx-lm's mask of a chunk takes the tokens that it keeps for old ones: with them, one token at a time.
 @pytest.mark.parametrize(("steps", "keep"), [*((steps, 0) for steps in STEPS), (STEPS[0], 4)])
 @pytest.mark.parametrize("max_size", [250, 256])
-def test_agrees_with_a_rotating_cache(steps, max_size, keep, reference):
+def test_agrees_with_a_rotating_cache(steps, max_size, keep, backend):
     own, ours, packed = (
         RotatingKVCache(max_size, keep),
         PackedRotatingKVCache(SETTINGS, max_size, keep),
@@ -55,7 +71,7 @@ def test_agrees_with_a_rotating_cache(steps, max_size, keep, reference):
     assert ours.packed >= 128
 
 
-def test_a_window_smaller_than_the_cache(reference):
+def test_a_window_smaller_than_the_cache(backend):
     own, ours = RotatingKVCache(300), PackedRotatingKVCache(SETTINGS, 300)
     q, k, v = vectors(500, 32, heads=1, seed=2), vectors(500, 32, heads=1), vectors(500, 32, heads=1, seed=1)
     at = 0
@@ -65,7 +81,7 @@ def test_a_window_smaller_than_the_cache(reference):
         at += n
 
 
-def test_memory_stays_what_the_window_needs(reference):
+def test_memory_stays_what_the_window_needs(backend):
     cache, sizes = PackedRotatingKVCache(KVSettings(), 512), []
     for _ in range(12):
         cache.update_and_fetch(vectors(200, 64), vectors(200, 64))
@@ -75,7 +91,7 @@ def test_memory_stays_what_the_window_needs(reference):
     assert max(sizes) < 0.5 * own.nbytes
 
 
-def test_trim_and_restore(reference):
+def test_trim_and_restore(backend):
     cache = PackedRotatingKVCache(SETTINGS, 400)
     k, v = vectors(600, 32), vectors(600, 32, seed=1)
     cache.update_and_fetch(k[:, :, :300], v[:, :, :300])
@@ -99,3 +115,37 @@ def test_trim_and_restore(reference):
 def test_small_windows_are_not_worth_it():
     assert not worth_packing(KVSettings(), 128, 0)
     assert worth_packing(KVSettings(), 512, 0)
+
+
+@needs_kernels
+@pytest.mark.parametrize("model_type", ["gemma3_text", "gpt_oss"])
+def test_windows_of_native_layers(model_type, tmp_path, monkeypatch):
+    """Full and sliding layers, with attention sinks and without, past the end of the window."""
+    write_checkpoint(tmp_path / "source", model_type)
+    path = tmp_path / "source" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sliding_window": 300}))
+    plan = make_plan(open_source(str(tmp_path / "source")), Recipe.from_options(bits=8), dtype="float32")
+    list(convert(plan, tmp_path / "out"))
+    model = load_packed(tmp_path / "out")[0]
+    tokens, steps = token_ids(520, seed=2), [200, 240, *[1] * 70, 7, 1, 1, 1]
+
+    def logits(packed):
+        caches = make_prompt_cache(model)
+        if packed:
+            caches = convert_cache(caches, KVSettings(8, 8, window=0, sink=4), model)
+            assert {type(c).__name__ for c in caches} == {"PackedKVCache", "PackedRotatingKVCache"}
+        found = run(model, caches, tokens, steps)
+        if packed:
+            assert {c.storage.name for c in caches} == {"cpu"}
+            window = next(c for c in caches if type(c) is PackedRotatingKVCache)
+            assert (window.offset, window.limit) == (520, 300)
+            assert window.dropped >= 128
+        return found
+
+    got, expected = logits(True), logits(False)
+    assert relative(got, expected) < 0.03
+    calls = sum(layer.kernel.calls for layer in model.layers)
+    monkeypatch.setattr(Kernel, "_attend_packed", lambda *_: None)
+    other = logits(True)  # by the model's own attention, which the hook lets read packed tokens
+    assert sum(layer.kernel.calls for layer in model.layers) == calls
+    assert relative(got, other) < 0.01

@@ -15,6 +15,7 @@
 #include "attention_float.h"
 #include "attention_packed.h"
 #include "elementwise.h"
+#include "kv_basis.h"
 #include "kv_layout.h"
 
 namespace tq {
@@ -26,8 +27,11 @@ constexpr int64_t LEAST_PIECE = 32 * 1024;  // multiplications: a few microsecon
 
 struct Span {
   const tq_segment *segment;
-  int first, last;  // tokens, counted from the segment's first
+  int first, last;  // tokens, counted from the segment's first, or from the beginning of the block that has it
 };
+
+// Tokens that a packed segment's first block holds before the segment begins.
+int hidden(const tq_segment &segment) { return segment.format == TQ_KV_PACKED ? segment.first % BLOCK_TOKENS : 0; }
 
 struct Unit {
   int batch, kv_head, first_query, n_queries;
@@ -39,16 +43,20 @@ struct Unit {
 
 class Attention {
  public:
-  Attention(const tq_attend_params &params, const Sequences &batch, Strided q, int n_queries, Strided out, const Mask *mask)
-      : p_(params), batch_(batch), q_(q), out_(out), mask_(mask), n_queries_(n_queries) {
+  Attention(const tq_attend_params *params, const Sequences &batch, Strided q, int n_queries, Strided out, const Mask *mask)
+      : p_(*params), batch_(batch), q_(q), out_(out), mask_(mask), n_queries_(n_queries) {
     group_ = p_.n_heads / p_.n_kv_heads;
     const int fit = std::max(1, UNIT_ROWS / group_);
     query_blocks_ = (n_queries + fit - 1) / fit;
     block_queries_ = (n_queries + query_blocks_ - 1) / query_blocks_;
     head_width_ = round_up(p_.head_dim, TILE_ROWS);
     value_width_ = round_up(p_.value_dim, TILE_ROWS);
-    for (int s = 0; s < p_.n_segments; s++) packed_ |= p_.segments[s].format == TQ_KV_PACKED;
-    if (packed_) code_.emplace(p_);
+    for (int b = 0; b < (batch.own_params ? batch.count : 1); b++) packed_ |= packed_segment(b) != nullptr;
+    if (packed_) {
+      code_.emplace(p_, p_.exact);
+      head_width_ = std::max(head_width_, code_width(p_.code.keys));
+      value_width_ = std::max(value_width_, code_width(p_.code.values));
+    }
     const int n_units = batch.count * p_.n_kv_heads * query_blocks_;
     begins_.assign(n_units + 1, 0);
     for (int u = 0; u < n_units; u++) begins_[u + 1] = begins_[u] + unit(u).n_blocks;
@@ -81,13 +89,16 @@ class Attention {
     unit.kv_head = index / query_blocks_ % p_.n_kv_heads;
     unit.batch = index / query_blocks_ / p_.n_kv_heads;
     unit.blind = false;
-    const int first = p_.position + unit.first_query, last = first + unit.n_queries - 1;
-    for (int query = first; query <= last; query++) unit.blind |= !sees_something(query);
-    for (int s = 0; s < p_.n_segments; s++) {
-      const tq_segment &segment = p_.segments[s];
-      Span span = {&segment, 0, segment.count};
-      if (p_.causal && !unit.blind) span.last = std::min(span.last, last + 1 - segment.position);
-      if (p_.window > 0 && !unit.blind) span.first = std::max(0, first - p_.window + 1 - segment.position);
+    const tq_attend_params &p = params(unit.batch);
+    const int first = p.position + unit.first_query, last = first + unit.n_queries - 1;
+    for (int query = first; query <= last; query++) unit.blind |= !sees_something(p, query);
+    for (int s = 0; s < p.n_segments; s++) {
+      const tq_segment &segment = p.segments[s];
+      if (segment.count == 0) continue;
+      const int skipped = hidden(segment), position = segment.position - skipped;
+      Span span = {&segment, 0, segment.count + skipped};
+      if (p.causal && !unit.blind) span.last = std::min(span.last, last + 1 - position);
+      if (p.window > 0 && !unit.blind) span.first = std::max(0, first - p.window + 1 - position);
       span.first = round_down(span.first, BLOCK_TOKENS);
       if (span.first >= span.last) continue;
       unit.spans[unit.n_spans++] = span;
@@ -96,11 +107,31 @@ class Attention {
     return unit;
   }
 
-  bool sees_something(int query) const {
-    for (int s = 0; s < p_.n_segments; s++) {
-      const tq_segment &segment = p_.segments[s];
+  const tq_attend_params &params(int batch) const { return (&p_)[batch_.own_params ? batch : 0]; }
+
+  // A segment with packed tokens, or NULL.
+  const tq_segment *packed_segment(int batch) const {
+    const tq_attend_params &p = params(batch);
+    for (int s = 0; s < p.n_segments; s++) {
+      if (p.segments[s].format == TQ_KV_PACKED && p.segments[s].count > 0) return &p.segments[s];
+    }
+    return nullptr;
+  }
+
+  // The order of a kv head's keys or values. Without packed tokens nothing is read in it.
+  const int32_t *order(const Unit &unit, bool values) const {
+    const tq_segment *segment = packed_segment(unit.batch);
+    const int32_t *orders = !segment ? nullptr : values ? segment->value_order : segment->key_order;
+    if (!orders) return nullptr;
+    const int64_t head = (batch_.own_params ? 0 : int64_t(unit.batch) * p_.n_kv_heads) + unit.kv_head;
+    return orders + head * (values ? p_.value_dim : p_.head_dim);
+  }
+
+  static bool sees_something(const tq_attend_params &p, int query) {
+    for (int s = 0; s < p.n_segments; s++) {
+      const tq_segment &segment = p.segments[s];
       const int last = segment.position + segment.count - 1;
-      const bool later = p_.causal && segment.position > query, earlier = p_.window > 0 && last <= query - p_.window;
+      const bool later = p.causal && segment.position > query, earlier = p.window > 0 && last <= query - p.window;
       if (segment.count > 0 && !later && !earlier) return true;
     }
     return false;
@@ -168,7 +199,7 @@ class Attention {
   // Memory of this thread for the rows of a unit, and their queries.
   Rows begin(const Unit &unit, bool own_state) const {
     Rows rows{};
-    rows.params = &p_;
+    rows.params = &params(unit.batch);
     rows.mask = mask_;
     rows.batch = unit.batch;
     rows.kv_head = unit.kv_head;
@@ -186,6 +217,8 @@ class Attention {
     };
     cut_all(Cutter(scratch<char>(SCORES, cut_all(Cutter(nullptr)))));
     if (own_state) rows.begin();
+    const bool turns = packed_segment(unit.batch);
+    const int32_t *key_order = turns ? order(unit, false) : nullptr;
     for (int r = 0; r < rows.count; r++) {
       const float *from = q_.data + unit.batch * batch_.q_stride + rows.head(r) * q_.head_stride +
                           rows.query(r) * q_.row_stride;
@@ -193,11 +226,12 @@ class Attention {
 #pragma omp simd
       for (int i = 0; i < p_.head_dim; i++) to[i] = from[i] * p_.scale;
       std::fill(to + p_.head_dim, to + head_width_, 0.f);
-      if (!packed_) continue;
+      if (!turns) continue;
       float *turned = rows.turned + int64_t(r) * head_width_;
-      std::copy_n(to, head_width_, turned);
-      if (p_.code.key_rotation.n > 0) rotate_row(p_.code.key_rotation, to, turned);
-      if (!p_.exact) quantize_row(turned, p_.head_dim, rows.codes, r);
+      to_code_basis(p_.code.keys, key_order, to, turned);
+      const int used = code_width(p_.code.keys);
+      std::fill(turned + used, turned + head_width_, 0.f);
+      if (!p_.exact) quantize_query(*code_, turned, rows.codes, r);
     }
     return rows;
   }
@@ -218,19 +252,20 @@ class Attention {
   }
 
   void visit(const tq_segment &segment, const Unit &unit, Rows &rows, int token, int count) const {
-    const int64_t row = segment.first + token;
-    const int64_t keys = unit.batch * segment.key_batch_stride + unit.kv_head * segment.key_head_stride;
-    const int64_t values = unit.batch * segment.value_batch_stride + unit.kv_head * segment.value_head_stride;
-    const int position = segment.position + token;
+    const int batch = batch_.own_params ? 0 : unit.batch, skipped = hidden(segment);
+    const int64_t row = segment.first - skipped + token;
+    const int64_t keys = batch * segment.key_batch_stride + unit.kv_head * segment.key_head_stride;
+    const int64_t values = batch * segment.value_batch_stride + unit.kv_head * segment.value_head_stride;
+    const int position = segment.position - skipped + token;
     if (segment.format == TQ_KV_PACKED) {
       const int64_t block = row / BLOCK_TOKENS;
-      const int64_t scales = (int64_t(unit.batch) * p_.n_kv_heads + unit.kv_head) * segment.capacity + row;
-      const PackedTokens tokens = {
-          static_cast<const uint8_t *>(segment.keys) + keys + block * key_block_bytes(p_.head_dim, p_.code.key_bits),
-          static_cast<const uint8_t *>(segment.values) + values +
-              block * value_block_bytes(p_.value_dim, p_.code.value_bits),
-          segment.key_scales + scales, segment.value_scales + scales, count, position};
-      return attend_packed(rows, tokens, *code_);
+      const int64_t scales = (int64_t(batch) * p_.n_kv_heads + unit.kv_head) * segment.capacity + row;
+      const PackedTokens tokens = {static_cast<const uint8_t *>(segment.keys) + keys + block * code_->keys.block_bytes,
+                                   static_cast<const uint8_t *>(segment.values) + values + block * code_->values.block_bytes,
+                                   segment.key_scales + scales * code_->keys.planes,
+                                   segment.value_scales + scales * code_->values.planes,
+                                   count, position, std::max(0, skipped - token)};
+      return p_.exact ? attend_unpacked(rows, tokens, *code_) : attend_packed(rows, tokens, *code_);
     }
     const int64_t key_row = segment.key_row_stride ? segment.key_row_stride : p_.head_dim;
     const int64_t value_row = segment.value_row_stride ? segment.value_row_stride : p_.value_dim;
@@ -246,14 +281,16 @@ class Attention {
   }
 
   void finish(const Unit &unit, const Partial &state) const {
+    const bool turned = packed_segment(unit.batch);
+    const int32_t *value_order = turned ? order(unit, true) : nullptr;
     for (int r = 0; r < unit.n_queries * group_; r++) {
       const int head = unit.kv_head * group_ + r % group_, query = unit.first_query + r / group_;
       float *sums = state.sums + int64_t(r) * value_width_;
-      if (packed_) {
-        float *rotated = state.rotated + int64_t(r) * value_width_;
-        if (p_.code.value_rotation.n > 0) unrotate_row(p_.code.value_rotation, rotated, rotated);
+      if (turned) {
+        float *rotated = state.rotated + int64_t(r) * value_width_, *back = scratch<float>(PANEL, p_.value_dim);
+        from_code_basis(p_.code.values, value_order, rotated, back);
 #pragma omp simd
-        for (int i = 0; i < p_.value_dim; i++) sums[i] += rotated[i];
+        for (int i = 0; i < p_.value_dim; i++) sums[i] += back[i];
       }
       float weight = state.weight[r], factor = 1.f;
       if (p_.sinks) {
@@ -270,7 +307,7 @@ class Attention {
     }
   }
 
-  const tq_attend_params &p_;
+  const tq_attend_params &p_;  // of the first sequence, or of all
   const Sequences &batch_;
   const Strided q_, out_;
   const Mask *mask_;
@@ -284,13 +321,13 @@ class Attention {
 
 }  // namespace
 
-void attend(const tq_attend_params &params, const Sequences &batch, Strided q, int n_queries, Strided out,
+void attend(const tq_attend_params *params, const Sequences &batch, Strided q, int n_queries, Strided out,
             const Mask *mask) {
   if (n_queries > 0 && batch.count > 0) Attention(params, batch, q, n_queries, out, mask).run();
 }
 
 void attend(const tq_attend_params &params, Strided q, int n_queries, Strided out) {
-  attend(params, {1, 0, 0}, q, n_queries, out, nullptr);
+  attend(&params, {1, 0, 0}, q, n_queries, out, nullptr);
 }
 
 }  // namespace tq

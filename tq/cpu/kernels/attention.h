@@ -19,13 +19,15 @@ struct Mask {
   int64_t batch_stride, head_stride, query_stride;
 };
 
-// attend of internal.h for several sequences, which are the strides here apart in q and out and by their batch strides in
-// the segments. mask may be NULL.
+// attend of internal.h for several sequences, which are the strides here apart in q and out, and by their batch strides in
+// the segments; or, if each has parameters of its own, params[b] are those of sequence b. They differ in positions and
+// segments alone. mask may be NULL.
 struct Sequences {
   int count;
   int64_t q_stride, out_stride;
+  bool own_params = false;
 };
-void attend(const tq_attend_params &params, const Sequences &batch, Strided q, int n_queries, Strided out,
+void attend(const tq_attend_params *params, const Sequences &batch, Strided q, int n_queries, Strided out,
             const Mask *mask);
 
 // n new tokens of one sequence: keys[h * head_stride + i * row_stride] of kv head h, values alike.

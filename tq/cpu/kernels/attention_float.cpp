@@ -170,7 +170,7 @@ void attend_many(Rows &rows, const FloatTokens<T> &tokens) {
                panels.values + int64_t(t) * rows.value_width);
     }
     transpose(panels.rows, rows.head_width, panels.keys);
-    attend_panels(rows, rows.queries, panels, n, tokens.position + first, rows.state.sums);
+    attend_panels(rows, rows.queries, panels, n, tokens.position + first, 0, rows.state.sums);
   }
 }
 
@@ -201,13 +201,14 @@ Panels scratch_panels(const Rows &rows) {
   return {memory, memory + keys, memory + 2 * keys};
 }
 
-void attend_panels(Rows &rows, const float *queries, const Panels &panels, int n, int position, float *sums) {
+void attend_panels(Rows &rows, const float *queries, const Panels &panels, int n, int position, int hidden,
+                   float *sums) {
   for (int r = 0; r < rows.count; r += GROUP_ROWS) {
     const int count = std::min(rows.count - r, GROUP_ROWS);
     if (rows.unseen(r, count, position, n)) continue;
     product(queries + r * rows.head_width, rows.head_width, panels.keys, PANEL_TOKENS, rows.scores, PANEL_TOKENS, count,
-            (n + VECTOR - 1) / VECTOR, rows.params->head_dim, false);
-    for (int i = 0; i < count; i++) rows.weigh(r + i, rows.scores + i * PANEL_TOKENS, n, position);
+            (n + VECTOR - 1) / VECTOR, rows.head_width, false);
+    for (int i = 0; i < count; i++) rows.weigh(r + i, rows.scores + i * PANEL_TOKENS, n, position, hidden);
     product(rows.scores, PANEL_TOKENS, panels.values, rows.value_width, sums + r * rows.value_width, rows.value_width,
             count, rows.value_width / VECTOR, n, true);
   }

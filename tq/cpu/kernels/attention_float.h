@@ -24,7 +24,8 @@ struct Panels {
 };
 Panels scratch_panels(const Rows &rows);                   // of this thread, zeros
 void transpose(const float *x, int width, float *y);       // (PANEL_TOKENS, width) to (width, PANEL_TOKENS)
-// Only panels.keys and values are read. The first n tokens are there.
-void attend_panels(Rows &rows, const float *queries, const Panels &panels, int n, int position, float *sums);
+// Only panels.keys and values are read. The first n tokens are there, `hidden` of which nobody sees.
+void attend_panels(Rows &rows, const float *queries, const Panels &panels, int n, int position, int hidden,
+                   float *sums);
 
 }  // namespace tq

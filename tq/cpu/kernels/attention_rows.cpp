@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "attention_packed.h"
 #include "attention_vector.h"
 #include "elementwise.h"
 
@@ -43,7 +44,7 @@ void Rows::cut(Cutter &memory) {
   scores = memory.take<float>(size_t(count) * CHUNK_TOKENS);
   if (!packed) return;
   turned = memory.take<float>(size_t(count) * head_width);
-  const size_t n = size_t(count) * blocks(params->head_dim);
+  const size_t n = size_t(count) * query_blocks(params->code.keys);
   codes = {memory.take<int8_t>(n * BLOCK_COLUMNS), memory.take<float>(n), memory.take<int32_t>(2 * n), count};
 }
 
@@ -61,7 +62,7 @@ bool Rows::unseen(int r, int n, int position, int tokens) const {
   return !blind && (later || earlier);
 }
 
-void Rows::weigh(int r, float *scores, int n, int position) {
+void Rows::weigh(int r, float *scores, int n, int position, int hidden) {
   const tq_attend_params &p = *params;
   if (p.softcap > 0) {  // cap * tanh(score / cap)
     const float factor = 2.f / p.softcap, cap = p.softcap;
@@ -74,16 +75,17 @@ void Rows::weigh(int r, float *scores, int n, int position) {
     if (mask->dtype == TQ_BOOL) {
       const uint8_t *visible = static_cast<const uint8_t *>(mask->data) + at;
 #pragma omp simd
-      for (int t = 0; t < n; t++) scores[t] = visible[t] ? scores[t] : UNSEEN;
+      for (int t = hidden; t < n; t++) scores[t] = visible[t] ? scores[t] : UNSEEN;
     } else {
       const float *added = static_cast<const float *>(mask->data) + at;
 #pragma omp simd
-      for (int t = 0; t < n; t++) scores[t] += added[t];
+      for (int t = hidden; t < n; t++) scores[t] += added[t];
     }
   }
   const int64_t own = int64_t(p.position) + query(r) - position;  // index of the query's own token in the chunk
   if (p.causal && own < n - 1) std::fill(scores + std::max<int64_t>(own + 1, 0), scores + n, UNSEEN);
   if (p.window > 0 && own - p.window >= 0) std::fill_n(scores, std::min<int64_t>(own - p.window + 1, n), UNSEEN);
+  std::fill_n(scores, std::min(hidden, n), -INFINITY);
 
   const float before = state.largest[r], now = std::max(before, largest_of(scores, n));
   if (now > before) {

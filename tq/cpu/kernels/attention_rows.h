@@ -40,7 +40,7 @@ struct Rows {
   int batch, kv_head;
   int first_query, count;
   int group;           // query heads per kv head
-  int head_width, value_width;  // head_dim and value_dim in whole vectors; what is beyond is 0
+  int head_width, value_width;  // of a key and a value in whole vectors, in either basis; what is beyond is 0
   bool packed;         // there are packed tokens: what belongs to them is set
   bool blind;          // some row may see nothing at all, and then takes the mean of all tokens
 
@@ -53,8 +53,9 @@ struct Rows {
   void cut(Cutter &memory);
   // For the first chunk of a walk.
   void begin();
-  // Turns `n` scores of row r, of tokens from `position` on, into weights; what came before is scaled to fit them.
-  void weigh(int r, float *scores, int n, int position);
+  // Turns `n` scores of row r, of tokens from `position` on, into weights; what came before is scaled to fit them. Nobody
+  // sees the first `hidden` tokens.
+  void weigh(int r, float *scores, int n, int position, int hidden = 0);
   // Whether rows [r, r + n) need not look at these tokens.
   bool unseen(int r, int n, int position, int tokens) const;
   int query(int r) const { return first_query + r / group; }

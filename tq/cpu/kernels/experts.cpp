@@ -53,13 +53,7 @@ class Network {
     float *down = scratch<float>(DOWN, int64_t(tokens) * k_ * out);
     run(x, expert, tokens, down);
     for_rows(tokens, int64_t(k_) * out, [&](int64_t token) {
-      float *sum = y + token * out;
-      std::fill_n(sum, out, 0.f);
-      for (int64_t row = token * k_; row < (token + 1) * k_; row++) {
-        const float *term = down + row * out, factor = weight[row];
-#pragma omp simd
-        for (int i = 0; i < out; i++) sum[i] += factor * term[i];
-      }
+      sum_experts(down + token * k_ * out, weight + token * k_, k_, out, y + token * out);
     });
   }
 
@@ -104,6 +98,16 @@ class Network {
 };
 
 }  // namespace
+
+void sum_experts(const float *terms, const float *weights, int k, int columns, float *sum) {
+  std::fill_n(sum, columns, 0.f);
+  for (int place = 0; place < k; place++) {
+    const float *term = terms + int64_t(place) * columns, factor = weights[place];
+#pragma omp simd
+    for (int i = 0; i < columns; i++) sum[i] += factor * term[i];
+  }
+}
+
 }  // namespace tq
 
 void tq_experts(const void *params, const tq_array *in, const tq_array *out) {

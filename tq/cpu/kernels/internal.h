@@ -76,6 +76,9 @@ struct GatheredProduct {
 void multiply_gathered(const GatheredProduct *products, int n_products, const float *x, int64_t x_stride,
                        const int32_t *x_row, const uint32_t *expert, int rows, bool exact);
 
+// experts.cpp: the sum (columns) of what the k experts of a token say (k, columns), times their weights.
+void sum_experts(const float *terms, const float *weights, int k, int columns, float *sum);
+
 // attention.cpp: queries q[h * head_stride + i * row_stride] (i < n_queries) of one sequence against the segments of
 // `params`. key_batch and value_batch of the segments are not read. out has the layout of q, with value_dim.
 struct Strided {

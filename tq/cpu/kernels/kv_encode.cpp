@@ -20,6 +20,8 @@ namespace {
 
 constexpr int PIECE = 64;  // values worked on at a time
 constexpr float LARGEST_HALF = 65504.f;
+constexpr uint16_t NOT_A_NUMBER = 0x7e00;  // in float16
+constexpr float SHIFTER = 12582912.f;      // 1.5 * 2^23: the sum with it is rounded to an integer, in the low bits
 
 // Start scales in root mean squares; from 3 bits on the last one lets the highest level meet the largest value.
 constexpr float FIRST_START = 0.7f, LAST_START = 1.1f;
@@ -40,11 +42,48 @@ uint32_t largest_magnitude(const float *x, int n) {
 
 }  // namespace
 
-VectorCoder::VectorCoder(int bits, const float *levels) : bits_(bits) {
-  if (bits == 8) return;
-  half_ = 1 << (bits - 1);
-  for (int i = 0; i < half_; i++) levels_[i] = levels[half_ + i];
+VectorCoder::VectorCoder(const tq_kv_part &part)
+    : dim_(part.dim), group_(part.group ? part.group : part.dim), bits_(part.bits), affine_(part.affine) {
+  if (bits_ == 8 || affine_) return;
+  half_ = 1 << (bits_ - 1);
+  for (int i = 0; i < half_; i++) levels_[i] = part.values[half_ + i];
   for (int i = 0; i + 1 < half_; i++) borders_[i] = (levels_[i] + levels_[i + 1]) / 2;
+}
+
+void VectorCoder::encode(const float *x, uint8_t *codes, uint16_t *scales, int64_t stride) const {
+  uint16_t *minima = scales + dim_ / group_ * stride;
+  for (int first = 0; first < dim_; first += group_, scales += stride, minima += stride) {
+    *scales = affine_ ? encode_affine(x + first, group_, codes + first, *minima)
+                      : encode_levels(x + first, group_, codes + first);
+  }
+}
+
+uint16_t VectorCoder::encode_affine(const float *x, int n, uint8_t *codes, uint16_t &least) const {
+  const auto limited = [](float v) { return v > LARGEST_HALF ? LARGEST_HALF : v < -LARGEST_HALF ? -LARGEST_HALF : v; };
+  float low = x[0], high = x[0];
+#pragma omp simd reduction(min : low) reduction(max : high)
+  for (int i = 0; i < n; i++) {
+    low = x[i] < low ? x[i] : low;
+    high = x[i] > high ? x[i] : high;
+  }
+  if (largest_magnitude(x, n) >= 0x7f800000) {
+    std::fill_n(codes, n, uint8_t(0));
+    least = NOT_A_NUMBER;
+    return NOT_A_NUMBER;
+  }
+  const float last = float((1 << bits_) - 1);
+  least = half_of(limited(low));
+  const float from = float_of(least);
+  const uint16_t half = half_of(limited((high - from) / last));
+  const float step = float_of(half), divisor = step > 0.f ? step : 1.f;
+#pragma omp simd
+  for (int i = 0; i < n; i++) {
+    float scaled = (x[i] - from) / divisor;
+    scaled = scaled > last ? last : scaled;
+    scaled = scaled < 0.f ? 0.f : scaled;
+    codes[i] = uint8_t(std::bit_cast<uint32_t>(scaled + SHIFTER));
+  }
+  return half;
 }
 
 void VectorCoder::gain(const float *x, int n, float inverse, float &xq, float &qq) const {
@@ -91,7 +130,7 @@ float VectorCoder::search(const float *x, int n, float largest) const {
   return std::min(best, LARGEST_HALF);
 }
 
-uint16_t VectorCoder::encode(const float *x, int n, uint8_t *codes) const {
+uint16_t VectorCoder::encode_levels(const float *x, int n, uint8_t *codes) const {
   const uint32_t bits = largest_magnitude(x, n);
   const float largest = std::bit_cast<float>(bits);
   const bool finite = bits < 0x7f800000;
@@ -99,7 +138,6 @@ uint16_t VectorCoder::encode(const float *x, int n, uint8_t *codes) const {
   const uint16_t half = half_of(wanted);
   const float inverse = finite ? inverse_of(float_of(half)) : 0.f;
   if (bits_ == 8) {
-    constexpr float SHIFTER = 12582912.f;  // 1.5 * 2^23: the sum with it is rounded to an integer, in the low bits
 #pragma omp simd
     for (int i = 0; i < n; i++) {
       float scaled = finite ? x[i] * inverse : 0.f;
@@ -120,7 +158,7 @@ uint16_t VectorCoder::encode(const float *x, int n, uint8_t *codes) const {
       for (int i = 0; i < count; i++) codes[first + i] = uint8_t(x[first + i] < 0 ? half_ - 1 - above[i] : half_ + above[i]);
     }
   }
-  return finite ? half : 0x7e00;
+  return finite ? half : NOT_A_NUMBER;
 }
 
 void pack_keys(const uint8_t *codes, int64_t row, int head_dim, int bits, uint8_t *block) {

@@ -6,19 +6,23 @@
 
 namespace tq {
 
-// Codes of vectors that have one scale each. 8 bits: x = scale * (code - 128). Fewer: x = scale * levels[code].
+// Codes of one part of a vector, in the basis of the codes.
 class VectorCoder {
  public:
-  VectorCoder(int bits, const float *levels);
+  explicit VectorCoder(const tq_kv_part &part);
 
-  // Writes n codes and returns the scale, a float16: NaN if x has a NaN or an infinity.
-  uint16_t encode(const float *x, int n, uint8_t *codes) const;
+  // Writes a code for each number, and what planes of a block hold of it, `stride` apart: the scale of each group, then,
+  // of an affine part, the minimum of each. A scale is NaN if the group has a NaN or an infinity.
+  void encode(const float *x, uint8_t *codes, uint16_t *scales, int64_t stride) const;
 
  private:
+  uint16_t encode_levels(const float *x, int n, uint8_t *codes) const;
+  uint16_t encode_affine(const float *x, int n, uint8_t *codes, uint16_t &least) const;
   float search(const float *x, int n, float largest) const;
   void gain(const float *x, int n, float inverse, float &xq, float &qq) const;
 
-  int bits_, half_ = 0;                        // half_: positive levels, the others are their mirror image
+  int dim_, group_, bits_, half_ = 0;           // half_: positive levels, the others are their mirror image
+  bool affine_;
   std::array<float, 64> levels_{}, borders_{};  // positive ones; borders_[i] lies between levels i and i + 1
 };
 

@@ -6,6 +6,7 @@
 // holds a column.
 #pragma once
 #include "layout.h"
+#include "tq_cpu.h"
 
 namespace tq {
 
@@ -23,5 +24,32 @@ constexpr int64_t value_block_bytes(int value_dim, int bits) { return int64_t(ti
 
 constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 constexpr int64_t round_down(int64_t n, int64_t unit) { return n / unit * unit; }
+
+// A block of keys or values is that of its first part, then that of its second one. Its scales are planes of 64 tokens,
+// one for each group of a part; those of an affine part are followed by the planes of its minima.
+inline int groups(const tq_kv_part &part) { return part.group ? part.dim / part.group : 1; }
+inline int planes(const tq_kv_part &part) { return groups(part) * (part.affine ? 2 : 1); }
+
+inline int64_t block_bytes_of(const tq_kv_part &part, bool values) {
+  return values ? value_block_bytes(part.dim, part.bits) : key_block_bytes(part.dim, part.bits);
+}
+
+inline int planes(const tq_kv_side &side) {
+  int n = 0;
+  for (int i = 0; i < side.n_parts; i++) n += planes(side.parts[i]);
+  return n;
+}
+inline int64_t block_bytes_of(const tq_kv_side &side, bool values) {
+  int64_t n = 0;
+  for (int i = 0; i < side.n_parts; i++) n += block_bytes_of(side.parts[i], values);
+  return n;
+}
+
+// Floats of a vector in the basis of the codes: each part in whole tiles.
+inline int code_width(const tq_kv_side &side) {
+  int n = 0;
+  for (int i = 0; i < side.n_parts; i++) n += round_up(side.parts[i].dim, TILE_ROWS);
+  return n;
+}
 
 }  // namespace tq

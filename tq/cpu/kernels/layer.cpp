@@ -220,6 +220,7 @@ struct Attention {
       : layer(*p.layer), params(p), mask{}, attend{}, packed_tokens(p.packed) {
     const tq_array *next = in + 1;  // the cache is among the outputs alone
     if (p.has_mask) mask = mask_of(*next++);
+    if (p.resting) next += 6 + p.code->keys.ordered + p.code->values.ordered;
     factors = p.has_query_factors ? static_cast<const float *>(next->data) : nullptr;
     attend.n_heads = layer.n_heads;
     attend.n_kv_heads = layer.n_kv_heads;
@@ -231,7 +232,9 @@ struct Attention {
     attend.causal = p.causal;
     attend.exact = p.exact;
     if (p.code) {
-      open_packed(out + 1);
+      const tq_array *packed = p.resting ? in + 1 : out + 1;
+      const int n = 6 + p.code->keys.ordered + p.code->values.ordered;
+      open_packed(packed, p.resting ? out + 1 : out + 1 + n);
     } else {
       open_rows(p.has_cache ? out + 1 : nullptr, tokens);
     }
@@ -255,11 +258,12 @@ struct Attention {
     segment.value_head_stride = int64_t(segment.capacity) * layer.value_dim;
   }
 
-  void open_packed(const tq_array *cache) {
+  void open_packed(const tq_array *cache, const tq_array *recent) {
     attend.code = *params.code;
     attend.n_segments = 3;
+    const tq_array *keys = cache + 2, *values = keys + 2 + attend.code.keys.ordered;
     for (const int s : {0, 2}) {  // sink and recent
-      const tq_array *arrays = cache + (s == 0 ? 0 : 6);
+      const tq_array *arrays = s == 0 ? cache : recent;
       tq_segment &rows = attend.segments[s];
       rows.format = TQ_KV_F16;
       rows.keys = arrays[0].data;
@@ -269,15 +273,16 @@ struct Attention {
       rows.value_head_stride = int64_t(rows.capacity) * layer.value_dim;
     }
     tq_segment &packed = attend.segments[1];
-    const tq_array &keys = cache[2], &values = cache[4];
     packed.format = TQ_KV_PACKED;
-    packed.keys = keys.data;
-    packed.values = values.data;
-    packed.key_scales = static_cast<uint16_t *>(cache[3].data);
-    packed.value_scales = static_cast<uint16_t *>(cache[5].data);
-    packed.capacity = cache[3].shape[2];
-    packed.key_head_stride = int64_t(keys.shape[2]) * keys.shape[3];
-    packed.value_head_stride = int64_t(values.shape[2]) * values.shape[3];
+    packed.keys = keys[0].data;
+    packed.values = values[0].data;
+    packed.key_scales = static_cast<uint16_t *>(keys[1].data);
+    packed.value_scales = static_cast<uint16_t *>(values[1].data);
+    packed.key_order = attend.code.keys.ordered ? static_cast<int32_t *>(keys[2].data) : nullptr;
+    packed.value_order = attend.code.values.ordered ? static_cast<int32_t *>(values[2].data) : nullptr;
+    packed.capacity = keys[0].shape[2] * PACKED_BLOCK;
+    packed.key_head_stride = int64_t(keys[0].shape[2]) * keys[0].shape[3];
+    packed.value_head_stride = int64_t(values[0].shape[2]) * values[0].shape[3];
   }
 
   // The segments as they are when n tokens from position `first` on are there, and those tokens in them.
@@ -288,11 +293,18 @@ struct Attention {
     const int total = first + n;
     sink.count = std::min(total, params.sink);
     packed_tokens = std::max(packed_tokens, (total - params.sink - params.window) / PACKED_BLOCK * PACKED_BLOCK);
+    packed.first = 0;
     packed.position = sink.count;
     packed.count = packed_tokens;
     recent.position = sink.count + packed_tokens;
     recent.count = total - recent.position;
     tq::append(attend, {keys, layer.head_dim, row_stride}, {values, layer.value_dim, row_stride}, n);
+    if (params.limit > 0 && total > params.limit) {  // a window: the oldest ones are seen no more
+      const int gone = std::min(total - params.limit, packed.count);
+      packed.first += gone;
+      packed.position += gone;
+      packed.count -= gone;
+    }
   }
 
   void append(const float *qkv, int64_t row) {
@@ -332,7 +344,7 @@ struct Attention {
     }
     float *attended = scratch<float>(ATTENDED, size_t(n) * width);
     const Strided q{qkv, query_stride(layer), total}, out{attended, layer.value_dim, width};
-    tq::attend(attend, {1, 0, 0}, q, n, out, params.has_mask ? &mask : nullptr);
+    tq::attend(&attend, {1, 0, 0}, q, n, out, params.has_mask ? &mask : nullptr);
 
     float *projected = scratch<float>(PROJECTED, size_t(n) * hidden);
     const Target target[] = {{&layer.out, projected}};
@@ -364,10 +376,21 @@ void network(const tq_layer &layer, bool exact, int n, float *y, F &&source) {
   });
 }
 
+// What experts say of each token, and their weights, if they were computed already.
+struct Said {
+  const float *terms = nullptr, *weights = nullptr;
+};
+
 // y = the sum of a token's experts, and of the one that all tokens share if there is one; x is normalized.
-void mixture(const tq_layer &layer, bool exact, const float *x, int n, float *y) {
-  const int hidden = layer.hidden;
-  mix_experts(layer, exact, x, n, y);
+void mixture(const tq_layer &layer, bool exact, const float *x, int n, float *y, Said said) {
+  const int hidden = layer.hidden, k = layer.router.k;
+  if (said.terms) {
+    for_rows(n, [&](int64_t r) {
+      sum_experts(said.terms + r * k * hidden, said.weights + r * k, k, hidden, y + r * hidden);
+    });
+  } else {
+    mix_experts(layer, exact, x, n, y);
+  }
   if (layer.gate.matrix.rows == 0) return;
   float *shared = scratch<float>(SHARED, size_t(n) * hidden);
   network(layer, exact, n, shared, [&](int64_t r, float *) { return x + r * hidden; });
@@ -380,7 +403,17 @@ void mixture(const tq_layer &layer, bool exact, const float *x, int n, float *y)
   });
 }
 
-void feed_forward(const tq_layer &layer, bool exact, const float *x, int n, float *y) {
+// The rows that experts read.
+void normalize_rows(const tq_layer &layer, const float *x, int n, float *rows) {
+  const int hidden = layer.hidden;
+  for_rows(n, [&](int64_t r) {
+    float *to = rows + r * hidden;
+    const float *row = normalized(layer.before_feed_forward, x + r * hidden, hidden, to);
+    if (row != to) memcpy(to, row, hidden * sizeof(float));
+  });
+}
+
+void feed_forward(const tq_layer &layer, bool exact, const float *x, int n, float *y, Said said = {}) {
   const int hidden = layer.hidden;
   const auto source = [&](int64_t r, float *row) {
     return normalized(layer.before_feed_forward, x + r * hidden, hidden, row);
@@ -388,11 +421,8 @@ void feed_forward(const tq_layer &layer, bool exact, const float *x, int n, floa
   float *branch = scratch<float>(PROJECTED, size_t(n) * hidden);
   if (layer.router.experts > 0) {
     float *rows = scratch<float>(NORMALIZED, size_t(n) * hidden);
-    for_rows(n, [&](int64_t r) {
-      const float *row = source(r, rows + r * hidden);
-      if (row != rows + r * hidden) memcpy(rows + r * hidden, row, hidden * sizeof(float));
-    });
-    mixture(layer, exact, rows, n, branch);
+    normalize_rows(layer, x, n, rows);
+    mixture(layer, exact, rows, n, branch, said);
   } else {
     network(layer, exact, n, branch, source);
   }
@@ -412,6 +442,15 @@ void tq_layer_forward(const void *params, const tq_array *in, const tq_array *ou
   for (int i = 0; i < in[0].ndim - 1; i++) tokens *= in[0].shape[i];
   const float *x = static_cast<const float *>(in[0].data);
   float *y = static_cast<float *>(out[0].data);
+  if (p.parts & TQ_LAYER_CHOOSE) {
+    normalize_rows(layer, x, static_cast<int>(tokens), y);
+    auto *chosen = static_cast<uint32_t *>(out[1].data);
+    return choose_experts(layer, p.exact, y, static_cast<int>(tokens), chosen, static_cast<float *>(out[2].data));
+  }
+  if (p.parts & TQ_LAYER_COMBINE) {
+    const Said said{static_cast<const float *>(in[1].data), static_cast<const float *>(in[2].data)};
+    return feed_forward(layer, p.exact, x, static_cast<int>(tokens), y, said);
+  }
   if (p.parts & TQ_LAYER_ATTENTION) {
     Attention attention(p, in, out, tokens);
     // Where a token may see later ones, their keys must be there.

@@ -114,18 +114,17 @@ void choose(const tq_router &router, const float *scores, float *values, uint32_
 
 }  // namespace
 
-void mix_experts(const tq_layer &layer, bool exact, const float *x, int tokens, float *y) {
+void choose_experts(const tq_layer &layer, bool exact, const float *x, int tokens, uint32_t *chosen, float *weights) {
   const tq_router &router = layer.router;
   const int experts = router.experts, k = router.k;
-  std::vector<float> logits(int64_t(tokens) * experts), weights(int64_t(tokens) * k);
-  std::vector<uint32_t> chosen(int64_t(tokens) * k);
+  std::vector<float> logits(int64_t(tokens) * experts);
   logits_of(layer, exact, x, tokens, logits.data());
   const auto part = [&](int i, int n) {
     const Share share(tokens, i, n);
     std::vector<float> values(experts);
     for (int64_t t = share.first; t < share.last; t++) {
       score(router, &logits[t * experts]);
-      choose(router, &logits[t * experts], values.data(), &chosen[t * k], &weights[t * k]);
+      choose(router, &logits[t * experts], values.data(), chosen + t * k, weights + t * k);
     }
   };
   if (tokens == 1) {
@@ -133,6 +132,13 @@ void mix_experts(const tq_layer &layer, bool exact, const float *x, int tokens, 
   } else {
     parallel(part);
   }
+}
+
+void mix_experts(const tq_layer &layer, bool exact, const float *x, int tokens, float *y) {
+  const int k = layer.router.k;
+  std::vector<float> weights(int64_t(tokens) * k);
+  std::vector<uint32_t> chosen(int64_t(tokens) * k);
+  choose_experts(layer, exact, x, tokens, chosen.data(), weights.data());
   tq_experts_params params = layer.experts;
   params.exact = exact;
   const int32_t rows[] = {tokens, layer.hidden}, choices[] = {tokens, k};

@@ -12,6 +12,9 @@ inline float dot(const float *x, const float *y, int n) {
   return sum;
 }
 
+// The k experts of each token, best first, and their weights, both (tokens, k); x (tokens, hidden).
+void choose_experts(const tq_layer &layer, bool exact, const float *x, int tokens, uint32_t *chosen, float *weights);
+
 // y (tokens, hidden) = the weighted sum over the experts of each token; x (tokens, hidden).
 void mix_experts(const tq_layer &layer, bool exact, const float *x, int tokens, float *y);
 

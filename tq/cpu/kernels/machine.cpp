@@ -118,6 +118,7 @@ int32_t tq_struct_size(const char *name) {
       TQ_STRUCTURE(tq_array),          TQ_STRUCTURE(tq_matrix),        TQ_STRUCTURE(tq_rotation),
       TQ_STRUCTURE(tq_matmul_params),  TQ_STRUCTURE(tq_gather_params), TQ_STRUCTURE(tq_experts_params),
       TQ_STRUCTURE(tq_embed_params),   TQ_STRUCTURE(tq_rotate_params), TQ_STRUCTURE(tq_segment),
+      TQ_STRUCTURE(tq_kv_part),        TQ_STRUCTURE(tq_kv_side),
       TQ_STRUCTURE(tq_kv_code),        TQ_STRUCTURE(tq_attend_params), TQ_STRUCTURE(tq_sample_params),
       TQ_STRUCTURE(tq_norm),           TQ_STRUCTURE(tq_projection),    TQ_STRUCTURE(tq_rope),
       TQ_STRUCTURE(tq_router),         TQ_STRUCTURE(tq_layer),         TQ_STRUCTURE(tq_layer_params),

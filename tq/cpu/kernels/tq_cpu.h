@@ -93,28 +93,44 @@ TQ_API void tq_rotate(const void *params, const tq_array *in, const tq_array *ou
 // --- attention -----------------------------------------------------------------------------------------------------
 
 // Consecutive tokens of one cache, all kv heads. Floating point: rows, head h of batch b at b * batch_stride +
-// h * head_stride (elements). Packed: blocks of 64 tokens, codes in the rotated basis (kv_layout.h), one float16 scale
-// per token and head. Several segments may be parts of the same buffers (a ring).
+// h * head_stride (elements). Packed: blocks of 64 tokens, codes in the rotated basis, and float16 scales (kv_layout.h).
+// Several segments may be parts of the same buffers (a ring).
 enum tq_kv_format { TQ_KV_F32 = 0, TQ_KV_F16 = 1, TQ_KV_PACKED = 2 };
 typedef struct {
   void *keys, *values;
-  uint16_t *key_scales, *value_scales;      // packed: [batch][kv head][capacity]
+  uint16_t *key_scales, *value_scales;      // packed: [batch][kv head][capacity / 64][planes][64]
+  int32_t *key_order, *value_order;         // packed and ordered: [batch][kv head][dim]
   int64_t key_head_stride, value_head_stride, key_batch_stride, value_batch_stride;  // elements, or bytes if packed
   int64_t key_row_stride, value_row_stride;  // elements from token to token; 0: head_dim and value_dim
   int32_t format;
   int32_t capacity;                         // tokens per head that fit
   int32_t count;                            // tokens that are there
   int32_t position;                         // position in the sequence of the first one
-  int32_t first;                            // row of the first one in the buffers; packed: a multiple of 64
+  int32_t first;                            // row of the first one in the buffers
 } tq_segment;
 
-// How a packed segment is coded. 8 bits: symmetric, value = scale * code; fewer: the Lloyd-Max codebook, times scale.
+// Numbers of a key or value that are rotated and coded together. A group of them shares a float16 scale.
 typedef struct {
-  int32_t key_bits, value_bits;
-  const uint8_t *key_table, *value_table;   // [256], as in tq_matrix, offset 128
-  float key_table_scale, value_table_scale;
-  const float *key_values, *value_values;   // [2^bits]
-  tq_rotation key_rotation, value_rotation; // of head_dim and value_dim
+  int32_t dim, bits;
+  int32_t group;            // 32, 64 or 128, which divides dim; 0: all
+  int32_t affine;           // 1: value = minimum + scale * code, the float16 minimum of a group beside its scale.
+                            // 0: scale * (code - 128) at 8 bits, else scale * values[code]
+  const uint8_t *table;     // [256], as in tq_matrix, offset 128; not read at 8 bits
+  const float *values;      // [2^bits]; affine: code - 2^(bits - 1)
+  float table_scale;
+  tq_rotation rotation;     // of dim numbers
+} tq_kv_part;
+
+// How keys or values of packed segments are coded: as one part or as two.
+typedef struct {
+  tq_kv_part parts[2];
+  int32_t n_parts;
+  int32_t ordered;          // 1: each kv head has an order of its numbers, in which the parts follow each other: that of
+                            // their energy in the first tokens that are packed, the largest first
+} tq_kv_side;
+
+typedef struct {
+  tq_kv_side keys, values;
 } tq_kv_code;
 
 typedef struct {
@@ -130,14 +146,17 @@ typedef struct {
   int32_t exact;
   int32_t mask;                             // tq_attend: 1: the last input is a mask
   int32_t pack_from;                        // tq_kv_append: position of the first token that it packs
+  int32_t n_sequences;                      // 0: these parameters are for all sequences of the batch. Otherwise as many
+                                            // such structures follow each other, with caches of one sequence each
+  int32_t new_first, new_count;             // tq_kv_append, n_sequences > 0: those of the T tokens that are this sequence's
 } tq_attend_params;
 
-// in: q f32 (B, n_heads, L, head_dim), then the cache, then the mask if there is one. All are read by strides, with the
-// last axis contiguous. out: f32 (B, n_heads, L, value_dim).
+// in: q f32 (B, n_heads, L, head_dim), then the cache, or those of all sequences, then the mask if there is one. All are
+// read by strides, with the last axis contiguous. out: f32 (B, n_heads, L, value_dim).
 // The cache, if n_segments is 0: keys and values f32 or f16 (B, n_kv_heads, S, ...), all S of them, at positions from 0.
 // Otherwise, for each segment: keys and values (B, n_kv_heads, capacity, ...), or, packed, u8 keys (B, n_kv_heads,
-// capacity / 64, tq_kv_block_bytes), f16 key scales (B, n_kv_heads, capacity), and values and value scales alike; the
-// pointers, strides and capacity of params.segments are not read then.
+// capacity / 64, bytes of a block), f16 key scales (B, n_kv_heads, capacity * planes), i32 key order (B, n_kv_heads,
+// head_dim) if there is one, and values alike; the pointers, strides and capacity of params.segments are not read then.
 // Mask: bool or f32 additive, (B or 1, n_heads or 1, L, S); its column for a token is the token's position.
 TQ_API void tq_attend(const void *params, const tq_array *in, const tq_array *out);
 
@@ -147,12 +166,12 @@ TQ_API void tq_attend(const void *params, const tq_array *in, const tq_array *ou
 //   - a floating-point segment stores those of the new tokens that lie in [position, position + count);
 //   - blocks of packed segments from position pack_from on are encoded. Tokens of theirs that are not new are taken from
 //     the floating-point segment `recent`, the last one, whose rows before this call begin with position pack_from (the
-//     first token that was not packed); what stays in it is moved to its new rows.
+//     first token that was not packed); what stays in it is moved to its new rows. Packed segments begin with a block.
 // A cache without packed segments may be a ring: two segments over one buffer. pack_from is not read then.
 TQ_API void tq_kv_append(const void *params, const tq_array *in, const tq_array *out);
 
-// Packed tokens as floats, in the original basis. in: u8 keys, key scales, values, value scales of params.segments[0].
-// out: keys f32 (B, n_kv_heads, count, head_dim), values.
+// All tokens as floats, in the original basis. in: the cache, or those of all sequences, as above.
+// out: keys f32 (B, n_kv_heads, S, head_dim), values; a token's row is its position, and other rows are 0.
 TQ_API void tq_kv_unpack(const void *params, const tq_array *in, const tq_array *out);
 
 // Bytes of 64 tokens of a kv head: of their keys, or of their values.

@@ -69,7 +69,15 @@ typedef struct {
   const float *shared_gate;              // [hidden]: that one is times sigmoid(shared_gate . n); NULL: as it is
 } tq_layer;
 
-enum tq_layer_parts { TQ_LAYER_ATTENTION = 1, TQ_LAYER_FEED_FORWARD = 2 };
+// A layer with experts that something else computes has the second half in two parts. TQ_LAYER_CHOOSE, alone: in: x.
+// out: f32 (tokens, hidden), which experts read; u32 (tokens, k), the experts; f32 (tokens, k), their weights.
+// TQ_LAYER_COMBINE, alone: in: x; f32 (tokens, k, hidden), what the experts say; their weights. out: y.
+enum tq_layer_parts {
+  TQ_LAYER_ATTENTION = 1,
+  TQ_LAYER_FEED_FORWARD = 2,
+  TQ_LAYER_CHOOSE = 4,
+  TQ_LAYER_COMBINE = 8,
+};
 
 // in: x f32 (..., hidden), all its rows tokens of one sequence. With a mask: bool or additive f32 that broadcasts to
 // (n_heads, tokens, rows). With query factors: f32, one per token.
@@ -83,10 +91,14 @@ typedef struct {
   int32_t exact;
   // A packed cache (has_cache 1, causal 1, no mask), else NULL. It keeps its first `sink` tokens and at least the last
   // `window` ones in float16; between them, whole blocks are packed as they fill, `packed` tokens before this call.
-  // out[1..8]: keys and values of the sink; keys, key scales, values and value scales of the packed tokens; keys and
-  // values of the recent ones, window + 64 rows, as tq_kv_append takes them. `row` is then the position of the first token.
+  // out[1..]: keys and values of the sink, then of the packed tokens, then of the recent ones, window + 64 rows, as
+  // tq_kv_append takes them. `row` is then the position of the first token among those that are kept. limit > 0: one token
+  // is given, which sees the sink and the newest of the others, so many in all.
   const tq_kv_code *code;
-  int32_t sink, window;
+  int32_t sink, window, limit;
+  // 1: no block fills and nothing goes to the sink in this call: sink and packed arrays are read only, and are inputs
+  // behind x; out[1] and out[2] are the recent keys and values.
+  int32_t resting;
   // What differs from token to token.
   int32_t position;           // of the first token, for the rotary embedding
   int32_t row;                // of the cache where the first token goes, the others after it

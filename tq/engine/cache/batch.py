@@ -10,7 +10,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from tq.engine.cache.packed import Fetched, PackedKVCache
+from tq.engine.cache.native import Native, View
+from tq.engine.cache.packed import Fetched, PackedKVCache, form_of
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,9 @@ class BatchPackedKVCache:
         """As `PackedKVCache.update_and_fetch`, with zeros where a sequence has no token: `make_mask` hides them."""
         n = keys.shape[2]
         before = max(row.previous() for row in self.rows)
+        native = self._native(keys, values)
+        if native is not None:
+            return self._update_at_once(native, keys, values, before)
         view = []
         for b, (row, (first, last)) in enumerate(zip(self.rows, self._spans(n), strict=True)):
             stop = before + last
@@ -72,6 +76,34 @@ class BatchPackedKVCache:
                   mx.concatenate([_padded(r.values, r, values, columns) for r in view])]  # fmt: skip
         return self._fetched.remember(padded[0], padded[1], view)
 
+    def _native(self, keys: mx.array, values: mx.array) -> Native | None:
+        """The storage of all rows, if it is one and can take them in one call."""
+        form = form_of(keys, values)._replace(batch=1)
+        first, *others = (row.open(form) for row in self.rows)
+        if any(row.settings.centre for row in self.rows):
+            return None  # each takes a centre of its own from its keys
+        return first if isinstance(first, Native) and all(other is first for other in others) else None
+
+    def _update_at_once(
+        self, storage: Native, keys: mx.array, values: mx.array, before: int
+    ) -> tuple[mx.array, mx.array]:
+        """`update_and_fetch` for all sequences in one call of the kernels."""
+        spans = self._spans(keys.shape[2])
+        for row, (first, last) in zip(self.rows, spans, strict=True):
+            if last > first:
+                row.make_room(last - first)
+        storage.append_each(self.rows, keys, values, spans)
+        views, starts = [], []
+        for b, (row, (first, last)) in enumerate(zip(self.rows, spans, strict=True)):
+            view = row.seen_of(storage.view(row)) if last > first else None
+            views.append(view)
+            starts.append(0 if view is None else before + last - view.columns)
+            self.skip[b] -= first
+            if self.remaining is not None:
+                self.remaining[b] -= last - first
+        joined = storage.joined(views, starts, before + keys.shape[2])
+        return self._fetched.remember(*storage.decoded(joined, keys.dtype), joined)
+
     def attend(
         self,
         queries: mx.array,
@@ -82,11 +114,15 @@ class BatchPackedKVCache:
         sinks: mx.array | None = None,
         softcap: float = 0.0,
     ) -> mx.array | None:
-        """As `PackedKVCache.attend`, sequence by sequence."""
+        """As `PackedKVCache.attend`: all sequences in one call of the kernels, or one by one."""
         found = self._fetched.take(keys, values)
         if found is None or isinstance(mask, str):
             return None
         view, values_are_keys = found
+        if isinstance(view, View):
+            storage = self.rows[0].storage
+            assert storage is not None
+            return storage.attend(view, queries, scale, mask, sinks, softcap, values_are_keys)
         outputs = []
         for b, row in enumerate(view):
             query = queries[b : b + 1]

@@ -1,6 +1,6 @@
 """A model's caches replaced by packed ones, before or after it has read a prompt, and what became of each."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache as once
 from typing import Any, Literal
 
@@ -10,10 +10,9 @@ import mlx.nn as nn
 from tq.engine.cache import hook
 from tq.engine.cache.batch import BatchPackedKVCache
 from tq.engine.cache.files import CLASSES, register
-from tq.engine.cache.packed import PackedKVCache, form_of
+from tq.engine.cache.packed import PackedKVCache
 from tq.engine.cache.settings import KVSettings, number
 from tq.engine.cache.window import PackedRotatingKVCache, worth_packing
-from tq.engine.ops import cpu, forced_backend
 from tq.errors import TQError
 
 # Layers with several caches, by model type: which of them only `update_and_fetch` writes.
@@ -24,6 +23,9 @@ PARTS: dict[str, tuple[int, ...]] = {
     "longcat_flash_ngram": (0, 1),
     "minimax_m3_vl": (0,),
 }
+
+# Modules that keys come from, by their names in mlx-lm; not those of latent attention, whose keys are values too.
+KEY_PROJECTIONS = ("k_proj", "wk", "qkv_proj", "query_key_value", "c_attn", "wqkv", "Wqkv")
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ def upgrade_cache(
     family = model_family or getattr(model, "model_type", None)
     if model is not None:
         hook.install(model)
+        if settings.centre is None and has_key_biases(model):
+            settings = replace(settings, centre=True)
     events: list[CacheEvent] = []
     for layer, found in enumerate(cache):
         if _is_list(found):
@@ -90,6 +94,16 @@ def upgrade_cache(
         else:
             cache[layer] = _one(found, settings, start, layer, None, events)
     return events
+
+
+def has_key_biases(model: nn.Module) -> bool:
+    """Whether the keys of a model have biases, so that packing them less their mean pays.
+
+    Not if it has attention sinks: their scores have no key, so that what all keys share counts there.
+    """
+    modules = model.named_modules()
+    biased = any(name.rpartition(".")[2] in KEY_PROJECTIONS and "bias" in module for name, module in modules)
+    return biased and not any("sink" in parameter for _, module in modules for parameter in module)
 
 
 def pack(cache: list[Any], settings: KVSettings, model: nn.Module | None = None) -> list[CacheEvent]:
@@ -161,8 +175,6 @@ def _why_kept(found: Any, settings: KVSettings, start: int) -> str | None:
         return None
     if not worth_packing(settings, window, getattr(found, "keep", 0)):
         return f"a window of {window} tokens has too few that would be packed"
-    if forced_backend() in ("auto", cpu.name) and cpu.unavailable() is None:
-        return "the CPU kernels read sliding windows unpacked"
     return None
 
 
@@ -220,5 +232,5 @@ def _batch(found: Any, settings: KVSettings) -> BatchPackedKVCache:
 
 def _fill(made: PackedKVCache, keys: mx.array, values: mx.array) -> None:
     """Pack tokens now: the next layer's must not wait for memory that this one's still hold."""
-    made.open(form_of(keys, values)).append(made, keys, values)
+    made.append(keys, values)
     mx.eval(made.state)

@@ -1,14 +1,19 @@
 """The codec lloyd-max: a rotation, one searched scale, codes of a Lloyd-Max codebook (TurboQuant_mse, section 3.1)."""
 
+import ctypes
 from collections.abc import Sequence
+from functools import lru_cache
 
 import mlx.core as mx
 import numpy as np
 
+from tq.cpu import library
+from tq.engine import ops
 from tq.engine.cache import bitstream
 from tq.engine.cache.codecs import Layout
 from tq.engine.cache.rotation import rotation
 from tq.engine.quantize.codebooks import stored_codebook
+from tq.engine.quantize.nearest import NearestLevel
 from tq.engine.quantize.packing import words_per_row
 
 # Start scales in root mean squares, by bits; from 3 bits on the last lets the highest level meet the largest number.
@@ -45,8 +50,11 @@ class LloydMax:
 
     def encode(self, y: mx.array) -> list[mx.array]:
         groups = y.reshape(*y.shape[:-1], -1, self.group)
-        scales = self._scales(groups)
-        codes = self._nearest(groups * _inverse(scales.astype(mx.float32)))
+        if self.bits < 8 and _compiled():
+            scales, codes = self._search(groups)
+        else:
+            scales = self._scales(groups)
+            codes = self._nearest(groups * _inverse(scales.astype(mx.float32)))
         return [bitstream.pack(codes.reshape(y.shape), self.bits), scales[..., 0]]
 
     def decode(self, arrays: Sequence[mx.array]) -> mx.array:
@@ -78,6 +86,24 @@ class LloydMax:
             best, best_gain = mx.where(better, fitted, best), mx.where(better, fitted * product, best_gain)
         return mx.minimum(best, LARGEST).astype(mx.float16)
 
+    def _search(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """`_scales` and the codes for them, (..., group), by the compiled search that weights have: much faster."""
+        n = STARTS.get(self.bits, MANY_STARTS)
+        groups = np.clip(np.array(x, np.float32).reshape(-1, self.group), -LARGEST, LARGEST)
+        scales, codes = np.empty(len(groups), np.float32), np.empty(groups.shape, np.uint8)
+        search = library.ScaleSearch(
+            nearest=_table(self.bits).compiled,
+            lowest=1 if n == 1 else LOWEST,
+            highest=HIGHEST,
+            to_largest=n == MANY_STARTS,
+            n_starts=n,
+            size=self.group,
+            n_groups=len(groups),
+        )
+        library.library().tq_best_scales(ctypes.byref(search), groups.ctypes, scales.ctypes, codes.ctypes)
+        shape = *x.shape[:-1], 1
+        return mx.array(scales).astype(mx.float16).reshape(shape), mx.array(codes).reshape(x.shape)
+
     def _nearest(self, x: mx.array) -> mx.array:
         """Codes (uint32) of the levels nearest to x."""
         if self.bits == 8:
@@ -92,6 +118,17 @@ class LloydMax:
         code = mx.array(below)[mx.clip((x - low) * (1 / width), 0, CELLS - 1).astype(mx.uint32)]
         above = mx.array(np.append(borders, np.inf).astype(np.float32))[code]
         return code + (x > above).astype(mx.uint32)
+
+
+def _compiled() -> bool:
+    """Whether vectors may leave MLX to be encoded."""
+    at_hand = mx.default_device() == mx.Device(mx.cpu) and ops.forced_backend() in ("auto", ops.cpu.name)
+    return at_hand and library.state().active
+
+
+@lru_cache
+def _table(bits: int) -> NearestLevel:
+    return NearestLevel(stored_codebook("lloyd-max", bits))
 
 
 def _inverse(scale: mx.array) -> mx.array:

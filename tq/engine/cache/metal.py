@@ -56,6 +56,8 @@ def storage(settings: KVSettings, form: Form) -> "Metal":
 class Metal(Reference):
     """As Reference, for the codec lloyd-max of whole bits."""
 
+    mirrors = False
+
     def __init__(self, settings: KVSettings, form: Form):
         super().__init__(settings, form)
         key, value = (codes_of(codec) for codec in self.codecs)

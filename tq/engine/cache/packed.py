@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from tq.engine.cache import storage as storages
+from tq.engine.cache.mirror import Mirror
 from tq.engine.cache.settings import BLOCK, KVSettings
 from tq.engine.cache.storage import Form, Storage
 from tq.errors import TQError
@@ -60,14 +61,21 @@ class PackedKVCache:
 
     Attributes:
         offset: Tokens so far.
+        limit: How many of its latest tokens the next one sees, itself and the sink included; 0: all.
         sink: First tokens, which are never packed.
         packed: Tokens in packed arrays.
         dropped: Tokens after the sink that a window has left behind.
         storage: Where they are; None before the first token. `declined`: why not the CPU kernels' memory, if so.
-        arrays, fitted: As the storage has them (storage.Tokens).
+        arrays, fitted, mirror: As the storage has them (storage.Tokens).
+        centre: (B, heads, 1, key_dim): what is taken from all keys before the storage sees them. None before tokens are
+            packed, and where the settings want none.
+
+    Biases of key projections make a large part of all keys the same, and codes spend their bits on it. Scores of all
+    tokens change by the same number without it, which the softmax does not see: nobody has to add it to them.
     """
 
     windowed = False
+    limit = 0
 
     def __init__(self, settings: KVSettings | None = None):
         self.settings = settings or KVSettings()
@@ -75,10 +83,13 @@ class PackedKVCache:
         self.offset = self.packed = self.dropped = 0
         self.arrays: list[mx.array] = []
         self.fitted: tuple[mx.array | None, mx.array | None] = (None, None)
+        self.mirror: Mirror | None = None
+        self.centre: mx.array | None = None
         self.form: Form | None = None
         self.storage: Storage | None = None
         self.declined: str | None = None
         self._fetched = Fetched()
+        self._rests_until = 0  # tokens: as long as there are fewer, native layers write recent ones alone
 
     def packed_after(self, tokens: int) -> int:
         """How many tokens packed arrays hold once there are so many."""
@@ -91,7 +102,7 @@ class PackedKVCache:
             TQError: The cache holds tokens of another form, or the settings cannot pack this one.
         """
         if self.storage is None:
-            self.storage, self.declined = storages.choose(self.settings, form, self.windowed)
+            self.storage, self.declined = storages.choose(self.settings, form)
             self.form, self.arrays = form, self.storage.empty()
         elif self.form is not None and form[:4] != self.form[:4]:
             raise TQError(
@@ -106,14 +117,49 @@ class PackedKVCache:
             Keys and values of all tokens that these attend to, (B, heads, tokens, dim): decoded, as far as somebody
             reads them. Attention that knows packed tokens (hook.py) does not.
         """
+        view = self.append(keys, values)
+        return self._fetched.remember(*self._decoded(view, keys.dtype), view)
+
+    def append(self, keys: mx.array, values: mx.array) -> Any:
+        """Add tokens, as `update_and_fetch`, and return the storage's view of those that these attend to."""
         storage = self.open(form_of(keys, values))
-        view = storage.append(self, keys, values)
-        return self._fetched.remember(*storage.decoded(view, keys.dtype), view)
+        self._rests_until = 0
+        self.make_room(keys.shape[2])
+        return self.seen_of(storage.append(self, self._centred(keys), values))
+
+    def make_room(self, n_tokens: int) -> None:
+        """Before so many tokens are added."""
+
+    def seen_of(self, view: Any) -> Any:
+        """The tokens of a view that the latest ones see."""
+        return view
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """All tokens that the last ones attend to: for layers that share the cache of another one."""
-        view, dtype = self._opened().view(self), getattr(mx, self._form().dtype)
-        return self._fetched.remember(*self._opened().decoded(view, dtype), view)
+        view, dtype = self.seen_of(self._opened().view(self)), getattr(mx, self._form().dtype)
+        return self._fetched.remember(*self._decoded(view, dtype), view)
+
+    def _centred(self, keys: mx.array) -> mx.array:
+        """New keys less the centre: the mean of the first ones that are packed, which is found when they are due."""
+        if not self.settings.centre or self.windowed:
+            return keys
+        if self.centre is None:
+            tokens = self.offset + keys.shape[2]
+            due = self.packed_after(tokens)
+            if due == 0:
+                return keys
+            recent = max(self.offset - self.sink, 0)
+            new = keys[:, :, max(self.sink - self.offset, 0) :]
+            first = mx.concatenate([self.arrays[-2][:, :, :recent].astype(mx.float32), new.astype(mx.float32)], axis=2)
+            self.centre, self.mirror = first[:, :, :due].mean(axis=2, keepdims=True), None
+            for i in (0, -2):
+                self.arrays[i] = (self.arrays[i].astype(mx.float32) - self.centre).astype(self.arrays[i].dtype)
+        return (keys.astype(mx.float32) - self.centre).astype(keys.dtype)
+
+    def _decoded(self, view: Any, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        """Keys and values of a view as a model knows them."""
+        keys, values = self._opened().decoded(view, dtype)
+        return keys if self.centre is None else (keys.astype(mx.float32) + self.centre).astype(dtype), values
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, **how: Any) -> mx.array | None:
         """Attention over packed tokens, for arrays that `update_and_fetch` returned; else None.
@@ -125,23 +171,39 @@ class PackedKVCache:
         if found is None:
             return None
         view, values_are_keys = found
+        if self.centre is not None and (values_are_keys or how.get("sinks") is not None or how.get("softcap")):
+            return None  # there a constant in all scores counts
         return self._opened().attend(view, queries, values_are_keys=values_are_keys, **how)
 
     # --- what native layers need (model/native_layers.py) ---
 
     def native(self, n_tokens: int, heads: int, key_dim: int, value_dim: int) -> Any:
         """The `native.Code` of arrays with room for more tokens; None if they are not the CPU kernels'."""
-        storage = self.open(Form(1, heads, key_dim, value_dim, "float32"))
+        if self.settings.centre:
+            return None  # the kernels would write keys as they are
+        storage = self.storage
+        if storage is None or self.form is None or self.form[:4] != (1, heads, key_dim, value_dim):
+            storage = self.open(Form(1, heads, key_dim, value_dim, "float32"))
         if storage.name != "cpu":
             return None
+        self.make_room(n_tokens)
         storage.reserve(self, n_tokens)  # type: ignore[attr-defined]
         return storage.code  # type: ignore[attr-defined]
 
+    def resting(self) -> Any:
+        """The same if one more token changes nothing but the recent ones, and they have room for it; else None."""
+        return self.storage.code if self.offset < self._rests_until else None  # type: ignore[union-attr]
+
     def advance(self, arrays: list[mx.array], n_tokens: int) -> None:
-        """These arrays hold so many more tokens."""
-        self.arrays = arrays
+        """These arrays, or the recent ones alone, hold so many more tokens."""
         self.offset += n_tokens
+        self.arrays += arrays
+        if len(arrays) == 2:
+            return
         self.packed = self.packed_after(self.offset)
+        if self.limit == 0 and self.offset >= self.sink:
+            room = min(self.settings.window + BLOCK - 1, arrays[-1].shape[2])
+            self._rests_until = self.sink + self.packed + room
 
     @property
     def keys(self) -> mx.array:
@@ -167,7 +229,7 @@ class PackedKVCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(a.nbytes for a in (*self.arrays, *self.fitted) if a is not None)
+        return sum(a.nbytes for a in (*self.arrays, *self.fitted, self.centre) if a is not None)
 
     def make_mask(self, *args: Any, **kwargs: Any) -> Any:
         from mlx_lm.models.cache import create_attention_mask
@@ -181,6 +243,7 @@ class PackedKVCache:
         """Forget the last n tokens. A block that is cut is decoded back into the recent ones."""
         if not self.is_trimmable():
             return 0
+        self._rests_until = 0
         n = min(self.offset, n)
         left = self.offset - n
         rest = max(left - self.sink, 0)
@@ -200,14 +263,20 @@ class PackedKVCache:
     @property
     def state(self) -> Any:
         """Arrays, and all else as a line of JSON: what `from_state` needs, and files hold."""
-        return json.dumps(self._header()), self.arrays or None, *self.fitted
+        return json.dumps(self._header()), self.arrays or None, *self.fitted, self.centre
 
     @state.setter
     def state(self, state: Any) -> None:
-        header, arrays, *fitted = state
-        self._read_header(json.loads(header))
+        header, arrays, *found = state
+        header = json.loads(header)
+        self._read_header(header)
         self.arrays = list(arrays or [])
-        self.fitted = (fitted[0], fitted[1])
+        self.fitted, self.centre = (found[0], found[1]), found[2] if len(found) > 2 else None
+        if header["form"] is not None:
+            self.form = Form(*header["form"])
+            self.storage, self.declined, self.arrays, self.fitted = storages.adopted(
+                header["storage"], self.settings, self.form, self.arrays, self.fitted, self.packed
+            )
 
     def _header(self) -> dict:
         """What is no array."""
@@ -221,9 +290,6 @@ class PackedKVCache:
     def _read_header(self, header: dict) -> None:
         PackedKVCache.__init__(self, KVSettings(**header["settings"]))
         self.offset, self.packed, self.dropped = header["tokens"]
-        if header["form"] is not None:
-            self.form = Form(*header["form"])
-            self.storage = storages.named(header["storage"], self.settings, self.form, self.windowed)
 
     @property
     def meta_state(self) -> str:
@@ -232,11 +298,7 @@ class PackedKVCache:
 
     @classmethod
     def from_state(cls, state: Any, meta_state: str = "") -> Any:
-        """The cache that had this state.
-
-        Raises:
-            TQError: It was in the memory of CPU kernels that cannot run here.
-        """
+        """The cache that had this state, in the storage of this machine."""
         made = cls.__new__(cls)
         made.state = state
         return made

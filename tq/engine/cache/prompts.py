@@ -28,7 +28,7 @@ import numpy as np
 
 from tq.engine.cache.fingerprint import model_key
 from tq.engine.cache.settings import KVSettings
-from tq.engine.cache.state import CacheState, capture, leaves, restore
+from tq.engine.cache.state import CacheState, capture, kinds, leaves, restore
 from tq.engine.model.plan import DTYPE_CODES
 from tq.engine.model.safetensors import ShardWriter, TensorHeader, header_bytes, read_headers
 from tq.errors import TQError
@@ -80,13 +80,13 @@ class PromptCache:
         return cls(folder, budget_bytes, model_key(path, model, kv, VERSION))
 
     def load(
-        self, tokens: Sequence[int], make: Callable[[], list[Any]], more_than: int = 0
+        self, tokens: Sequence[int], *makes: Callable[[], list[Any]], more_than: int = 0
     ) -> tuple[list[int], list[Any]] | None:
         """The stored prompt that spares most of reading this one.
 
         Args:
             tokens: A prompt. At least its last token is left to be read.
-            make: Makes a model's caches, without tokens.
+            makes: Each makes a model's caches, without tokens, of one of the kinds that may have been stored.
             more_than: Tokens that must be spared, or nothing is loaded.
 
         Returns:
@@ -101,8 +101,8 @@ class PromptCache:
             if shared > more_than and shared >= least * len(entry.tokens):
                 found.append((-shared, entry.size_bytes, entry))
         for _, _, entry in sorted(found, key=lambda item: item[:2]):
-            caches = make()
-            if self._fill(entry, caches):
+            caches = self._read(entry, makes)
+            if caches is not None:
                 return entry.tokens.tolist(), caches
         return None
 
@@ -160,25 +160,30 @@ class PromptCache:
             return []
         return [path for path in ours if os.access(path, os.R_OK)]
 
-    def _fill(self, entry: Entry, caches: list[Any]) -> bool:
+    def _read(self, entry: Entry, makes: Sequence[Callable[[], list[Any]]]) -> list[Any] | None:
+        """The caches of an entry; None, maybe with a note, if they cannot be used."""
         try:
             tensors, metadata = read_headers(entry.path)
             if _checksum(entry.path, tensors) != entry.path.stem[-8:]:
                 self._drop(entry.path)
-                return False
+                return None
             loaded = mx.load(str(entry.path))
             assert isinstance(loaded, dict)
             state = json.loads(metadata["state"])
             arrays = [loaded[f"a{n}"] for n in range(len(tensors) - 1)]
+            for make in makes:
+                caches = make()
+                if kinds(caches) == state["kinds"]:
+                    break
             restore(CacheState(state["kinds"], state["outline"], arrays), leaves(caches))
         except (OSError, RuntimeError):
-            return False  # another process has just deleted it
+            return None  # another process has just deleted it
         except (TQError, ValueError) as error:
             self._note(f"a stored prompt is not used: {error}")
-            return False
+            return None
         with contextlib.suppress(OSError):
             os.utime(entry.path)
-        return True
+        return caches
 
     def _drop(self, path: Path) -> None:
         with contextlib.suppress(OSError):

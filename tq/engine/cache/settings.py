@@ -35,6 +35,9 @@ class KVSettings:
         window: Latest tokens that stay so at least; blocks of 64 before them are packed as they fill.
         group_size: Numbers that share a scale, 32, 64 or 128; 0: `lloyd-max` and `qjl` have one for a head vector,
             `affine` one for 64. A head dimension that the size does not divide has one for the vector.
+        start: Tokens of context from which on a model's caches are packed (run/context.py); shorter ones are as the
+            model has them. A packed cache itself packs from its sink on.
+        centre: Keys are packed less their mean. None: in models whose key projections have biases (convert.py).
 
     Raises:
         UsageError: A value is not one of those.
@@ -47,6 +50,8 @@ class KVSettings:
     sink: int = SINK
     window: int = WINDOW
     group_size: int = VECTOR
+    start: int = 0
+    centre: bool | None = None
 
     def __post_init__(self) -> None:
         for name in (self.key_codec, self.value_codec):
@@ -69,7 +74,7 @@ class KVSettings:
                 )
         if self.group_size not in GROUP_SIZES:
             raise UsageError(f"KV group size {self.group_size} is not one of {_list(GROUP_SIZES)} (0: a head vector)")
-        for name in ("sink", "window"):
+        for name in ("sink", "window", "start"):
             if getattr(self, name) < 0:
                 raise UsageError(f"KV {name} is {getattr(self, name)} tokens: give 0 or more")
 
@@ -103,6 +108,8 @@ class KVSettings:
         sink: int | None = None,
         group_size: int | None = None,
         codec: str | None = None,
+        window: int | None = None,
+        start: int | None = None,
     ) -> "KVSettings | None":
         """Settings from a person's choices, each None where there is none; None if there is no choice at all.
 
@@ -113,7 +120,7 @@ class KVSettings:
         Raises:
             UsageError: A choice is not valid.
         """
-        if all(choice is None for choice in (bits, key_bits, value_bits, sink, group_size, codec)):
+        if all(choice is None for choice in (bits, key_bits, value_bits, sink, group_size, codec, window, start)):
             return None
         base = cls() if bits is None else cls.parse(bits)
         changes: dict[str, Any] = {
@@ -121,6 +128,8 @@ class KVSettings:
             "value_bits": value_bits,
             "sink": sink,
             "group_size": group_size,
+            "window": window,
+            "start": start,
         }
         if codec is not None:
             parts = [part.strip().lower() for part in codec.split(",")]

@@ -33,6 +33,11 @@ def leaves(caches: list[Any]) -> list[Any]:
     return found
 
 
+def kinds(caches: list[Any]) -> list[str]:
+    """The class of each leaf, by its name."""
+    return [type(cache).__name__ for cache in leaves(caches)]
+
+
 def capture(caches: list[Any]) -> CacheState:
     """What these caches hold now.
 
@@ -56,7 +61,7 @@ def capture(caches: list[Any]) -> CacheState:
         if not can_restore(cache):
             raise ValueError(f"{type(cache).__name__} cannot be given a state")
     outlines = [outline(_state(cache)) for cache in caches]
-    return CacheState([type(cache).__name__ for cache in caches], outlines, arrays)
+    return CacheState(kinds(caches), outlines, arrays)
 
 
 def restore(state: CacheState, caches: list[Any]) -> None:
@@ -65,9 +70,9 @@ def restore(state: CacheState, caches: list[Any]) -> None:
     Raises:
         ValueError: They are of other classes.
     """
-    kinds = [type(cache).__name__ for cache in caches]
-    if kinds != state.kinds:
-        raise ValueError(f"caches are {', '.join(dict.fromkeys(kinds))}, not {', '.join(dict.fromkeys(state.kinds))}")
+    found = kinds(caches)
+    if found != state.kinds:
+        raise ValueError(f"caches are {', '.join(dict.fromkeys(found))}, not {', '.join(dict.fromkeys(state.kinds))}")
 
     def value(outline: Any) -> Any:
         if isinstance(outline, dict):

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, Protocol
 import mlx.core as mx
 
 from tq.engine import ops
-from tq.engine.cache import attention, codecs
+from tq.engine.cache import attention, codecs, mirror
 from tq.engine.cache.attention import Packed, Plain, Segment
+from tq.engine.cache.mirror import Mirror
 from tq.engine.cache.settings import BLOCK, KVSettings
 from tq.errors import TQError
 
@@ -37,15 +38,19 @@ class Tokens(Protocol):
         arrays: Keys and values of the sink, (B, heads, sink, dim); packed arrays of keys, then of values; keys and
             values of recent tokens, up to window + 63. Only the front of each is in use.
         fitted: What the codecs took from the first tokens they packed.
+        mirror: All tokens decoded, where the storage keeps them so as well.
+        windowed: Whether the first tokens leave it.
     """
 
     settings: KVSettings
+    windowed: bool
     sink: int
     offset: int
     packed: int
     dropped: int
     arrays: list[mx.array]
     fitted: tuple[mx.array | None, mx.array | None]
+    mirror: Mirror | None
 
     def packed_after(self, tokens: int) -> int: ...
 
@@ -65,6 +70,12 @@ class Storage(Protocol):
     def view(self, cache: Tokens) -> Any:
         """All tokens."""
 
+    def newest(self, view: Any, n: int) -> Any:
+        """A view without the oldest tokens after the sink, so that `n` in all are left."""
+
+    def drop(self, cache: Tokens, tokens: int) -> None:
+        """Forget the first packed tokens, whole blocks."""
+
     def decoded(self, view: Any, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
         """Keys and values (B, heads, tokens, dim)."""
 
@@ -81,7 +92,7 @@ class Storage(Protocol):
         """`attention.attend` over a view, or None if this storage cannot do that."""
 
 
-def choose(settings: KVSettings, form: Form, windowed: bool = False) -> tuple[Storage, str | None]:
+def choose(settings: KVSettings, form: Form) -> tuple[Storage, str | None]:
     """The storage of a cache, and why no kernel reads it, if so.
 
     Raises:
@@ -91,7 +102,7 @@ def choose(settings: KVSettings, form: Form, windowed: bool = False) -> tuple[St
         # Latent attention: the latent, which is keys and values, beside the part of the keys with positions.
         codec = "lloyd-max" if settings.key_codec == "qjl" else settings.key_codec
         settings = replace(settings, value_bits=settings.key_bits, value_codec=codec)
-    found = _kernels(settings, form, windowed)
+    found = _kernels(settings, form)
     if not isinstance(found, str):
         return found, None
     forced = ops.forced_backend()
@@ -100,14 +111,14 @@ def choose(settings: KVSettings, form: Form, windowed: bool = False) -> tuple[St
     return reference(settings, form), found
 
 
-def _kernels(settings: KVSettings, form: Form, windowed: bool = False) -> "Storage | str":
+def _kernels(settings: KVSettings, form: Form) -> "Storage | str":
     """The storage that kernels read, of those that TQ_BACKEND allows, or why there is none."""
     from tq.engine.cache import metal, native
 
     forced = ops.forced_backend()
     why = f"TQ_BACKEND={forced}"
     if forced in ("auto", ops.cpu.name):
-        declined = native.declines(settings, form, windowed)
+        declined = native.declines(settings, form)
         if declined is None:
             return native.storage(settings, form)
         why = declined
@@ -123,24 +134,39 @@ def _kernels(settings: KVSettings, form: Form, windowed: bool = False) -> "Stora
 def slow(settings: KVSettings) -> str | None:
     """None, or why no kernel reads caches of these settings, whatever the model: they save memory then, not time."""
     found = _kernels(settings, Form(1, 1, 128, 128, "float32"))
-    return found if isinstance(found, str) else None
+    if not isinstance(found, str):
+        return None
+    copied = f"; up to {mirror.LIMIT_BYTES >> 20} MB of each layer are kept decoded as well" if mirror.wanted(0) else ""
+    return found + copied
 
 
-def named(name: str, settings: KVSettings, form: Form, windowed: bool = False) -> Storage:
-    """The storage that a saved cache was in.
+def adopted(
+    name: str,
+    settings: KVSettings,
+    form: Form,
+    arrays: list[mx.array],
+    fitted: tuple[mx.array | None, mx.array | None],
+    packed: int,
+) -> tuple[Storage, str | None, list[mx.array], tuple[mx.array | None, mx.array | None]]:
+    """The storage of this machine for a saved cache, why no kernel reads it, and its arrays and `fitted` there.
+
+    Args:
+        name: The storage that it was saved from.
 
     Raises:
-        TQError: It is not available here.
+        TQError: The arrays are those of another version of tq.
     """
-    storage, reason = choose(settings, form, windowed)
+    from tq.engine.cache import native_layout
+
+    storage, declined = choose(settings, form)
+    if name != Reference.name:
+        native_layout.check(storage.settings, form, arrays)
     if storage.name == name:
-        return storage
+        return storage, declined, arrays, fitted
     if name == Reference.name:
-        return reference(storage.settings, form)
-    raise TQError(
-        f"this KV cache was saved in the layout of tq's CPU kernels, which cannot run here: {reason}",
-        "compute the prompt again",
-    )
+        arrays = native_layout.to_native(storage.settings, form, arrays, fitted, packed)
+        return storage, declined, arrays, (None, None)
+    return storage, declined, *native_layout.to_reference(storage.settings, form, arrays, packed)
 
 
 @lru_cache(maxsize=256)
@@ -149,9 +175,13 @@ def reference(settings: KVSettings, form: Form) -> "Reference":
 
 
 class Reference:
-    """In plain mx, for every device and codec. Sink and recent tokens have the activation type."""
+    """In plain mx, for every device and codec. Sink and recent tokens have the activation type.
+
+    A view is the segments of a cache, or one with all tokens decoded: then attention is for who asked (`mirror`).
+    """
 
     name = "reference"
+    mirrors = True  # where it pays
 
     def __init__(self, settings: KVSettings, form: Form):
         self.settings, self.form = settings, form
@@ -175,6 +205,34 @@ class Reference:
         return [mx.zeros((*shape, width), dtype) for codec in self.codecs for dtype, width in codec.layout]
 
     def append(self, cache: Tokens, keys: mx.array, values: mx.array) -> list[Segment]:
+        first, packed = cache.offset, cache.packed
+        copied, cache.mirror = self._mirror(cache, first + keys.shape[2]), None
+        view = self._append(cache, keys, values)
+        if copied is None:
+            return view
+        copied = mirror.written(copied, (keys, values), first)
+        view = [Plain(*copied, cache.offset)]
+        if cache.packed > packed:  # what was packed now is read as what is left of it from the next token on
+            new = replace(self._packed_tokens(cache), first=packed, count=cache.packed - packed)
+            copied = mirror.written(copied, attention.decoded([new], self.dtype), cache.sink + packed)
+        cache.mirror = copied
+        return view
+
+    def _mirror(self, cache: Tokens, tokens: int) -> Mirror | None:
+        """A decoded copy of a cache, with room for so many tokens; None if it is to have none."""
+        form = self.form
+        numbers = form.batch * form.heads * (form.key_dim + form.value_dim)
+        if cache.windowed or not self.mirrors or not mirror.wanted(tokens * numbers * self.dtype.size):
+            return None
+        found = cache.mirror
+        if found is None:
+            shapes = [(form.batch, form.heads, 0, dim) for dim in (form.key_dim, form.value_dim)]
+            found = Mirror(*(mx.zeros(shape, self.dtype) for shape in shapes))
+            if cache.offset:
+                found = Mirror(*attention.decoded(self.view(cache), self.dtype))
+        return mirror.with_room(found, tokens)
+
+    def _append(self, cache: Tokens, keys: mx.array, values: mx.array) -> list[Segment]:
         n = keys.shape[2]
         new = [keys.astype(self.dtype), values.astype(self.dtype)]
         arrays, offset = cache.arrays, cache.offset
@@ -228,14 +286,26 @@ class Reference:
         return codec.encode(codec.rotate(x, fitted))
 
     def view(self, cache: Tokens) -> list[Segment]:
+        if cache.mirror is not None:
+            return [Plain(*cache.mirror, cache.offset)]
         sink = min(cache.offset, cache.sink)
         count = cache.offset - sink - cache.dropped - cache.packed
         return [*self._older(cache, sink), Plain(cache.arrays[-2], cache.arrays[-1], count)]
 
+    def newest(self, view: Sequence[Segment], n: int) -> list[Segment]:
+        return newest(view, n)
+
+    def drop(self, cache: Tokens, tokens: int) -> None:
+        cache.arrays[2:-2] = [mx.contiguous(a[:, :, tokens:]) for a in cache.arrays[2:-2]]
+        cache.packed -= tokens
+        cache.dropped += tokens
+
     def _older(self, cache: Tokens, sink: int) -> list[Segment]:
+        return [Plain(cache.arrays[0], cache.arrays[1], sink), self._packed_tokens(cache)]
+
+    def _packed_tokens(self, cache: Tokens) -> Packed:
         arrays, n_keys = cache.arrays[2:-2], self.n_arrays[0]
-        packed = Packed(arrays[:n_keys], arrays[n_keys:], cache.packed, 0, self.codecs, cache.fitted)
-        return [Plain(cache.arrays[0], cache.arrays[1], sink), packed]
+        return Packed(arrays[:n_keys], arrays[n_keys:], cache.packed, 0, self.codecs, cache.fitted)
 
     def decoded(self, view: Sequence[Segment], dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
         return attention.decoded(view, dtype)
@@ -250,6 +320,8 @@ class Reference:
         softcap: float = 0.0,
         values_are_keys: bool = False,
     ) -> mx.array | None:
+        if len(view) == 1:
+            return None
         return attention.attend(queries, view, scale, mask, sinks, softcap, values_are_keys)
 
 

@@ -5,9 +5,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from tq.engine.cache.packed import PackedKVCache, form_of
+from tq.engine.cache.packed import PackedKVCache
 from tq.engine.cache.settings import BLOCK, KVSettings
-from tq.engine.cache.storage import newest
 
 LEAST_BLOCKS = 2  # that a window has to have behind its unpacked tokens
 
@@ -31,27 +30,20 @@ class PackedRotatingKVCache(PackedKVCache):
         self.max_size = max_size
         self.seen = 0  # by the last tokens that were added
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        storage = self.open(form_of(keys, values))
-        n = keys.shape[2]
-        self._drop()
-        self.seen = self.previous() + n
-        view = newest(storage.append(self, keys, values), self.seen)
-        return self._fetched.remember(*storage.decoded(view, keys.dtype), view)
+    @property
+    def limit(self) -> int:  # type: ignore[override]
+        return self.max_size
 
-    def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        storage = self._opened()
-        view = newest(storage.view(self), self.seen)
-        return self._fetched.remember(*storage.decoded(view, getattr(mx, self._form().dtype)), view)
-
-    def _drop(self) -> None:
+    def make_room(self, n_tokens: int) -> None:
         """Forget blocks that no later token sees: not before one comes, as other layers may read what the last saw."""
         surplus = self.offset - self.dropped - self.max_size
         due = min(max(surplus, 0), self.packed) // BLOCK * BLOCK
         if due:
-            self.arrays[2:-2] = [mx.contiguous(a[:, :, due:]) for a in self.arrays[2:-2]]
-            self.packed -= due
-            self.dropped += due
+            self._opened().drop(self, due)
+        self.seen = self.previous() + n_tokens
+
+    def seen_of(self, view: Any) -> Any:
+        return self._opened().newest(view, self.seen)
 
     def previous(self) -> int:
         return min(self.offset, self.max_size - 1)
