@@ -51,16 +51,18 @@ def gather(
     bias: mx.array | None = None,
     slots: mx.array | None = None,
     neighbours: bool = False,
+    n_experts: int | None = None,
 ) -> mx.array:
     """x (rows, in) -> (pairs, out): each row times the matrices of the next pairs / rows experts.
 
     Args:
+        n_experts: How many experts the pairs are of, if not all matrices are: slots hold those of other layers too.
         neighbours: Neighbouring pairs often have the same expert, because they are sorted or of one batch: the kernel
             that is best for their number is chosen. All are correct for all pairs.
     """
-    pairs, (n_experts, rows) = experts.size, weight.shape[:2]
+    pairs, rows, n_experts = experts.size, weight.shape[1], n_experts or weight.shape[0]
     if neighbours and pairs >= ENOUGH_FOR_TILES * n_experts:
-        return gather_tiles(x, weight, scales, codebook, experts, bits, group_size, bias, slots)
+        return gather_tiles(x, weight, scales, codebook, experts, bits, group_size, bias, slots, n_experts)
     decoder = decoding(codebook, bits, x.dtype)
     together = TOGETHER if neighbours else 1
     extra = ("M", together), ("FORM", decoder.form), ("TABLE", decoder.table_size)
@@ -82,9 +84,10 @@ def gather_tiles(
     group_size: int,
     bias: mx.array | None = None,
     slots: mx.array | None = None,
+    n_experts: int | None = None,
 ) -> mx.array:
     """As ``gather``, for many pairs of which neighbours have the same expert: any order is correct, and may be slow."""
-    pairs, (n_experts, rows) = experts.size, weight.shape[:2]
+    pairs, rows, n_experts = experts.size, weight.shape[1], n_experts or weight.shape[0]
     if x.shape[0] < pairs:
         x = mx.repeat(x, pairs // x.shape[0], axis=0)
     decoder = decoding(codebook, bits, x.dtype)

@@ -14,12 +14,14 @@ from mlx.utils import tree_unflatten
 
 from tq.cpu import build
 from tq.engine import ops
-from tq.engine.model import formats, hub, layers, native, native_affine, turboquant
+from tq.engine.model import formats, hub, layers, native, native_affine, streamed, streamed_load, turboquant
 from tq.engine.model.architecture import build_model, outline, parameters
 from tq.engine.model.roles import matrices
-from tq.engine.model.sources import OWN_MODES, FolderSource, GGUFSource, quantization_mode
+from tq.engine.model.sources import OWN_MODES, FolderSource, GGUFSource, Source, quantization_mode
 from tq.engine.ops import proof
 from tq.engine.quantize import PackedTensor
+from tq.engine.stream.pager import Pager
+from tq.engine.stream.settings import StreamSettings
 from tq.errors import TQError
 
 LAYERS = {
@@ -42,6 +44,7 @@ class LoadedModel:
         path: The folder or file.
         notes: What a person should know about how it runs.
         size_bytes: Bytes of its tensors on disk.
+        pager: What brings its experts from the disk, if they are streamed.
     """
 
     model: nn.Module
@@ -50,25 +53,40 @@ class LoadedModel:
     path: Path
     notes: list[str]
     size_bytes: int
+    pager: Pager | None = None
 
 
-def load(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> LoadedModel:
+def load(
+    model: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    stream: StreamSettings | None = None,
+) -> LoadedModel:
     """Load a model folder, a GGUF file or a Hub id, with its tokenizer.
 
+    Args:
+        stream: Leave its experts on the disk, and read them when they are needed.
+
     Raises:
-        TQError: It does not exist, is damaged, or mlx-lm has no such architecture.
+        TQError: It does not exist, is damaged, mlx-lm has no such architecture, or it cannot be streamed.
     """
     path = hub.resolve(str(model), revision, trust_remote_code=trust_remote_code)
     if path.is_file():
+        if stream is not None:
+            raise TQError("a GGUF file cannot be streamed", streamed_load.CONVERT)
         return _load_gguf(path, str(model))
     source = FolderSource(path, name=str(model), trust_remote_code=trust_remote_code)
     size = sum(header.size_bytes for header in source.headers.values())
+    pager = None
     if quantization_mode(source.config) in OWN_MODES:
-        network, notes = _load_packed(source, trust_remote_code)
+        network, notes, pager = _load_packed(source, trust_remote_code, stream)
+    elif stream is not None:
+        raise TQError(f"{model} is not in a format whose experts can be streamed", streamed_load.CONVERT)
     else:
         network, notes = _load_mlx_lm(source, trust_remote_code)
     tokenizer = _load_tokenizer(path, source.config, trust_remote_code)
-    return LoadedModel(network, tokenizer, source.config, path, notes + build.notes(), size)
+    return LoadedModel(network, tokenizer, source.config, path, notes + build.notes(), size, pager)
 
 
 def load_packed(path: Path, trust_remote_code: bool = False) -> tuple[nn.Module, list[str]]:
@@ -77,11 +95,27 @@ def load_packed(path: Path, trust_remote_code: bool = False) -> tuple[nn.Module,
     Raises:
         TQError: A tensor is missing, or has another shape than the model or its spec says.
     """
-    return _load_packed(FolderSource(path, name=str(path), trust_remote_code=trust_remote_code), trust_remote_code)
+    source = FolderSource(path, name=str(path), trust_remote_code=trust_remote_code)
+    return _load_packed(source, trust_remote_code, None)[:2]
 
 
-def _load_packed(source: FolderSource, trust_remote_code: bool) -> tuple[nn.Module, list[str]]:
+def load_streamed(path: Path, stream: StreamSettings) -> tuple[nn.Module, list[str], Pager]:
+    """The same with its experts on the disk, and what brings them.
+
+    Raises:
+        TQError: As ``load_packed``, or it cannot be streamed.
+    """
+    network, notes, pager = _load_packed(FolderSource(path, name=str(path)), False, stream)
+    assert pager is not None
+    return network, notes, pager
+
+
+def _load_packed(
+    source: FolderSource, trust_remote_code: bool, stream: StreamSettings | None
+) -> tuple[nn.Module, list[str], Pager | None]:
     path, config, weights = source.folder, source.config, source.weights()
+    if stream is not None:
+        config = streamed_load.fewer_active(config, stream.max_active_experts)
     model = build_model(config, path, trust_remote_code)
     _drop_absent_head(model, weights)
     found = matrices(model)
@@ -94,23 +128,34 @@ def _load_packed(source: FolderSource, trust_remote_code: bool) -> tuple[nn.Modu
         if weights[name].shape != shape:
             raise TQError(f"{path}: {name} has shape {weights[name].shape}, the model wants {shape}", formats.DAMAGED)
     dtype, notes = activation_dtype(_stored_dtype(config, weights))
-    replaced = _modules(packed, {p: m.kind for p, m in found.items()}, weights, dtype)
+    experts = None if stream is None else streamed_load.Experts(model, packed, weights, source.headers, config)
+    rotations: dict[int, layers.Rotation] = {}
+    replaced = _modules(packed, {p: m.kind for p, m in found.items()}, weights, dtype, rotations)
     del packed  # the modules alone hold the arrays, so that they can let go of them
     model.update_modules(tree_unflatten(list(replaced.items())))
     # Biases of packed matrices are in their modules already.
     model.load_weights([(name, _cast(weights.pop(name), dtype)) for name in dense if name in weights], strict=False)
-    model.eval()
     notes += _prepare(replaced, dtype)
+    pager = None
+    if experts is not None and stream is not None:
+        resident = sum(header.size_bytes for header in source.headers.values()) - experts.size_bytes
+        pager, more = experts.install(model, stream, dtype, rotations, resident)
+        notes += more
+    model.eval()
     mx.eval(model.parameters())
     native.accelerate(model)
-    return model, notes
+    streamed.awaken(model)
+    return model, notes, pager
 
 
 def _modules(
-    packed: dict[str, PackedTensor], kinds: dict[str, str], weights: dict[str, mx.array], dtype: mx.Dtype
+    packed: dict[str, PackedTensor],
+    kinds: dict[str, str],
+    weights: dict[str, mx.array],
+    dtype: mx.Dtype,
+    rotations: dict[int, layers.Rotation],
 ) -> dict[str, layers.QuantModule]:
-    """The module of each packed matrix. Takes their biases out of ``weights``."""
-    rotations: dict[int, layers.Rotation] = {}
+    """The module of each packed matrix. Takes their biases out of ``weights``, and adds to ``rotations``."""
     modules: dict[str, layers.QuantModule] = {}
     for path, matrix in packed.items():
         rotation = None
@@ -219,9 +264,7 @@ def _load_gguf(path: Path, name: str) -> LoadedModel:
     found.model.load_weights(weights)
     found.model.eval()
     native.accelerate(found.model)
-    with tempfile.TemporaryDirectory() as folder:
-        source.copy_side_files(Path(folder))
-        tokenizer = _load_tokenizer(Path(folder), source.config, False)
+    tokenizer = source_tokenizer(source)
     size = sum(header.size_bytes for header in source.headers.values())
     return LoadedModel(found.model, tokenizer, source.config, path, notes + found.notes + build.notes(), size)
 
@@ -246,6 +289,19 @@ def _load_mlx_lm(source: FolderSource, trust_remote_code: bool) -> tuple[nn.Modu
     mx.eval(model.parameters())
     native.accelerate(model)
     return model, notes
+
+
+def source_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
+    """mlx-lm's TokenizerWrapper of a model that is to be converted.
+
+    Raises:
+        TQError: It has none that can be loaded.
+    """
+    if source.folder is not None:
+        return _load_tokenizer(source.folder, source.config, trust_remote_code)
+    with tempfile.TemporaryDirectory() as folder:
+        source.copy_side_files(Path(folder))
+        return _load_tokenizer(Path(folder), source.config, False)
 
 
 def _load_tokenizer(path: Path, config: dict, trust_remote_code: bool) -> Any:

@@ -45,6 +45,14 @@ class FusedExperts(nn.Module):
         self.activation = original.activation
         self.fused = _fuse(original)
 
+    @property
+    def num_experts(self) -> int:
+        return self.down_proj.num_experts
+
+    @property
+    def output_dims(self) -> int:
+        return self.down_proj.output_dims
+
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """x: (..., in), indices: (..., k) -> (..., k, out)."""
         if x.shape[:-1] != indices.shape[:-1] or 0 in x.shape:

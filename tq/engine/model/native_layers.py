@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from tq import settings
 from tq.cpu import lazy, library
 from tq.engine.cache.packed import PackedKVCache
 from tq.engine.model import native_cache
@@ -21,9 +22,11 @@ from tq.engine.model.native_cache import Form
 from tq.engine.model.native_parts import FeedForward, Norm
 from tq.engine.model.native_routing import Mixture
 from tq.engine.model.native_structure import Attention, Layer
+from tq.engine.model.streamed import StreamedExperts
 
-ATTENTION, FEED_FORWARD = 1, 2  # tq_layer_parts
+ATTENTION, FEED_FORWARD, CHOOSE, COMBINE = 1, 2, 4, 8  # tq_layer_parts
 NO_ALIAS = -1
+RESTING = 10  # among the parameters of a packed cache
 
 
 @dataclass(eq=False)
@@ -38,6 +41,7 @@ class Kernel:
         network, before, after: The name of the feed-forward network in a layer whose second half is left to its own
             modules, and of the norms before and after it.
         residual: What that half is multiplied by.
+        experts, chosen: What computes the experts of the second half if they are streamed, and how many of a token.
         calls: How often the kernel was called.
         bound: The ways in which it was called so far.
     """
@@ -53,6 +57,8 @@ class Kernel:
     before: str | None = None
     after: str | None = None
     residual: float = 1.0
+    experts: StreamedExperts | None = None
+    chosen: int = 0
     calls: int = 0
     bound: dict[tuple, lazy.Bound] = field(default_factory=dict)
 
@@ -109,17 +115,21 @@ class Kernel:
         tokens, form = x.shape[1], self.form
         if form is None or not ((mask is None and tokens == 1) or (type(mask) is str and mask == "causal")):
             return None
-        code = cache.native(tokens, form.n_kv_heads, form.head_dim, form.value_dim)
+        code = cache.resting() if tokens == 1 else None
+        resting = code is not None
         if code is None:
-            return None
-        window = cache.settings.window
-        what = (parts, True, True, False, factors is not None, self.exact, code.address, cache.sink, window)
-        position = cache.offset
-        inputs, cache.arrays = [x, *cache.arrays], []  # nobody else may hold them when they are written to
+            code = cache.native(tokens, form.n_kv_heads, form.head_dim, form.value_dim)
+            if code is None:
+                return None
+        kept = (cache.sink, cache.settings.window, cache.limit, resting)
+        what = (parts, True, True, False, factors is not None, self.exact, code.address, *kept)
+        position, row = cache.offset, cache.offset - cache.dropped
+        # Nobody else may hold what is written to.
+        inputs, cache.arrays = [x, *cache.arrays], cache.arrays[:-2] if resting else []
         held = len(inputs) - 1
         if factors is not None:
             inputs.append(factors)
-        y, *arrays = self._bound(what, held)(inputs, (position, position, position + tokens, cache.packed))
+        y, *arrays = self._bound(what, held)(inputs, (position, row, row + tokens, cache.packed))
         cache.advance(arrays, tokens)
         self.calls += 1
         return y
@@ -128,21 +138,44 @@ class Kernel:
         """The half with the feed-forward network. None if the kernel cannot do this."""
         if x.dtype != mx.float32 or 0 in x.shape:
             return None
+        if self.experts is not None:
+            return self._feed_streamed(x, self.experts)
         (y,) = self._bound((FEED_FORWARD, False, False, False, False, self.exact), 0)([x], ())
         self.calls += 1
         return y
+
+    def _feed_streamed(self, x: mx.array, experts: StreamedExperts) -> mx.array:
+        """The same in three steps: who is chosen is known before the experts run."""
+        rows, indices, weights = self._choose(x)
+        combine = library.LayerParams(self.address, COMBINE, exact=self.exact)
+        said = [x, experts(rows, indices, x), weights]
+        (y,) = lazy.call("tq_layer_forward", combine, said, [(x.shape, mx.float32)], keep=self.pinned)
+        self.calls += 1
+        return y
+
+    def choose(self, x: mx.array) -> mx.array:
+        """The experts (tokens, k) that a layer whose experts are streamed would choose for x (..., hidden)."""
+        return self._choose(x)[1]
+
+    def _choose(self, x: mx.array) -> list[mx.array]:
+        tokens = x.size // self.hidden
+        made = [((tokens, self.hidden), mx.float32), ((tokens, self.chosen), mx.uint32)]
+        made.append(((tokens, self.chosen), mx.float32))
+        params = library.LayerParams(self.address, CHOOSE, exact=self.exact)
+        return lazy.call("tq_layer_forward", params, [x], made, keep=self.pinned)
 
     def _bound(self, what: tuple, held: int) -> lazy.Bound:
         """A call of the kernel, made once for the parameters that come first in tq_layer_params.
 
         Args:
-            what: Those after its address; the third says that there is a cache.
-            held: Arrays of the cache, which follow x and which the outputs behind y continue.
+            what: Those after its address; the third says that there is a cache, the last of a packed one that it rests.
+            held: Arrays of the cache, which follow x and which the outputs behind y continue: all, or the last two.
         """
         found = self.bound.get(what)
         if found is None:
             params = library.LayerParams(self.address, *what)
-            aliases = [NO_ALIAS, *range(1, 1 + held if what[2] else 1)]
+            first = held - 1 if len(what) == RESTING + 1 and what[RESTING] else 1
+            aliases = [NO_ALIAS, *range(first, 1 + held if what[2] else 1)]
             found = lazy.bind("tq_layer_forward", params, "position", aliases, self.pinned)
             self.bound[what] = found
         return found
@@ -221,7 +254,7 @@ def run(
         h = kernel.attend(x, mask, cache, factors, parts)
     if h is None or parts & FEED_FORWARD:
         return h
-    if kernel.parts & FEED_FORWARD:
+    if kernel.parts & FEED_FORWARD or kernel.experts is not None:
         return kernel.feed(h)
     if kernel.network is None:
         return h
@@ -263,7 +296,7 @@ def layer_kernel(layer: Layer) -> Kernel:
     made.network(layer.feed_forward)
     made.norm("before_feed_forward", layer.before_feed_forward)
     made.norm("after_feed_forward", layer.after_feed_forward)
-    return made.kernel(ATTENTION | FEED_FORWARD, layer.attention)
+    return made.kernel(ATTENTION if made.streamed else ATTENTION | FEED_FORWARD, layer.attention)
 
 
 def attention_kernel(attention: Attention) -> Kernel:
@@ -289,6 +322,7 @@ class _Builder:
         self.struct = library.Layer()
         self.pinned: list[lazy.Pinned] = []
         self.exact = False
+        self.streamed: StreamedExperts | None = None
 
     def attention(self, attention: Attention) -> None:
         struct = self.struct
@@ -316,18 +350,23 @@ class _Builder:
         if isinstance(network, FeedForward):
             self.feed_forward(network)
             return
-        router, experts = network.router, network.experts.fused
+        router = network.router
         packed = self.projected(router) if isinstance(router, QuantLinear) else library.Projection()
         weight, bias, correction, shared_gate = (
             self.array(a) if isinstance(a, np.ndarray) else None
             for a in (router, network.bias, network.correction, network.shared_gate)
         )
-        count = network.experts.down_proj.num_experts
+        count = network.experts.num_experts
         how = (network.k, network.groups, network.kept_groups, network.sigmoid, network.normalize, network.factor)
         self.struct.router = library.Router(weight, packed, bias, correction, count, *how)
-        self.struct.experts, self.struct.shared_gate = experts.params, shared_gate
-        self.pinned.append(experts.pinned)
-        self.exact |= bool(experts.params.exact)
+        self.struct.shared_gate = shared_gate
+        if isinstance(network.experts, StreamedExperts):
+            self.streamed, self.exact = network.experts, self.exact | settings.cpu_exact()
+        else:
+            experts = network.experts.fused
+            self.struct.experts = experts.params
+            self.pinned.append(experts.pinned)
+            self.exact |= bool(experts.params.exact)
         self.struct.hidden = network.hidden
         if network.shared is not None:
             self.feed_forward(network.shared)
@@ -371,4 +410,6 @@ class _Builder:
         if attention is not None:
             dtype = mx.float32 if self.exact else mx.float16
             form = Form(attention.n_kv_heads, attention.head_dim, attention.value_dim, dtype)
-        return Kernel(parts, memory.address, pinned, form, self.struct.hidden, self.struct.n_heads, self.exact)
+        kernel = Kernel(parts, memory.address, pinned, form, self.struct.hidden, self.struct.n_heads, self.exact)
+        kernel.experts, kernel.chosen = self.streamed, self.struct.router.k
+        return kernel

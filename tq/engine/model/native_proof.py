@@ -25,6 +25,7 @@ from tq.engine.model.native_layers import Kernel, NativeModule
 from tq.engine.model.native_parts import FeedForward, Unfamiliar, is_feed_forward
 from tq.engine.model.native_routing import Mixture, is_mixture
 from tq.engine.model.native_structure import Attention, Layer
+from tq.engine.model.streamed import StreamedExperts
 
 DISAGREEMENT = 1e-4  # of what a module adds to its input, relative to the root mean square
 SHARP = 12.0  # root mean square of the logits at which a soft cap shows
@@ -185,6 +186,8 @@ def _outline(value: Any) -> Any:
     """What two modules of one kind have in common: everything but weights."""
     if isinstance(value, QuantLinear):
         return (value.dense_shape, "bias" in value)
+    if isinstance(value, StreamedExperts):
+        return (value.num_experts, value.output_dims)
     if isinstance(value, FusedExperts):
         return tuple(part.dense_shape for part in (value.gate_proj, value.up_proj, value.down_proj))
     if isinstance(value, np.ndarray):

@@ -22,6 +22,7 @@ from tq.engine.model.native_parts import (
     read_feed_forward,
     refuse_others,
 )
+from tq.engine.model.streamed import StreamedExperts
 
 EXPERTS = ("switch_mlp", "experts")
 ROUTERS = ("gate", "router")
@@ -47,7 +48,7 @@ class Mixture:
     bias: np.ndarray | None
     correction: np.ndarray | None
     k: int
-    experts: FusedExperts
+    experts: FusedExperts | StreamedExperts
     shared: FeedForward | None
     shared_gate: np.ndarray | None
     groups: int
@@ -58,11 +59,12 @@ class Mixture:
 
     @property
     def hidden(self) -> int:
-        return self.experts.down_proj.output_dims
+        return self.experts.output_dims
 
 
 def is_mixture(module: nn.Module) -> bool:
-    return isinstance(module.get(first_module(module, EXPERTS) or ""), FusedExperts)
+    experts = module.get(first_module(module, EXPERTS) or "")
+    return isinstance(experts.network if isinstance(experts, StreamedExperts) else experts, FusedExperts)
 
 
 def read_mixture(module: nn.Module) -> Mixture:
@@ -76,7 +78,7 @@ def read_mixture(module: nn.Module) -> Mixture:
     router, bias = _router(holders[1:])
     corrections = [holder[name] for holder in holders for name in CORRECTIONS if isinstance(holder.get(name), mx.array)]
     experts = module[experts_name]
-    count = experts.down_proj.num_experts
+    count = experts.num_experts
     k, groups, kept_groups = (_number(holders, names) for names in (COUNTS, (GROUPS,), (KEPT_GROUPS,)))
     if not 0 < k <= min(count, MAX_CHOSEN) or count % groups or not kept_groups <= groups <= count // 2:
         raise Unfamiliar("does not say how many experts it chooses")
@@ -141,7 +143,7 @@ class _Stub(nn.Module):
 def _scored(module: nn.Module, claim: Mixture, holders: list[nn.Module]) -> Mixture:
     """The claim with the scores by which the module chooses, found by trying them all. Raises Unfamiliar."""
     x = mx.random.normal((1, PROBED_TOKENS, claim.hidden), key=mx.random.key(4))
-    vectors = mx.random.normal((claim.experts.down_proj.num_experts, claim.hidden), key=mx.random.key(5))
+    vectors = mx.random.normal((claim.experts.num_experts, claim.hidden), key=mx.random.key(5))
     parts = {name: module[name] for name in (first_module(module, EXPERTS), first_module(module, SHARED)) if name}
     try:
         for name, part in parts.items():

@@ -71,7 +71,8 @@ def gather_matmul(
     x, indices = reference.in_pairs(x, indices)
     rows, ids = x.reshape(-1, x.shape[-1]), _flat(indices)
     weight, scales, codebook, bits, group_size = stored(packed)
-    y = experts.gather(rows, weight, scales, codebook, ids, bits, group_size, bias, neighbours=sorted_indices)
+    of = packed.shape[0]
+    y = experts.gather(rows, weight, scales, codebook, ids, bits, group_size, bias, None, sorted_indices, of)
     return y.reshape(*indices.shape, 1, packed.shape[1])
 
 

@@ -9,9 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from tq.engine.model.layers import QuantEmbedding, QuantModule, QuantSwitchLinear
-
-# Names that configs give to the number of experts that a token runs through.
-ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+from tq.engine.model.streamed_load import ACTIVE_EXPERTS
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ def weights_of(model: nn.Module, config: dict[str, Any]) -> Weights:
     token_bytes = 0
     if vocabulary not in {part.rows for part in others}:  # no other matrix has logits for outputs
         token_bytes = sum(part.size_bytes for part in embeddings if part.rows == vocabulary)
-    active = _active_experts(config)
+    active = active_experts(config)
     known = True
     for part in others:
         experts = _experts(part.module)
@@ -91,6 +89,7 @@ def _experts(module: nn.Module) -> int | None:
     return None
 
 
-def _active_experts(config: dict[str, Any]) -> int | None:
+def active_experts(config: dict[str, Any]) -> int | None:
+    """How many experts a token runs through, by a model's config; None if it does not say."""
     config = {**config, **(config.get("text_config") or {})}
     return next((config[name] for name in ACTIVE_EXPERTS if isinstance(config.get(name), int)), None)
