@@ -82,7 +82,7 @@ def test_aliases_of_mlx_lm_work_and_are_hidden(tq, checkpoint, tmp_path):
         (["--codec", "lloydmax"], 2, "error: --codec 'lloydmax' is not one of lloyd-max, ternary, affine, none"),
         (["--rotation", "x"], 2, "error: --rotation 'x' is not one of hadamard, none"),
         (["--protect", "1-x"], 2, "error: layers '1-x' are not a list such as 0-1,30"),
-        (["--recipe", "missing.toml"], 1, "error: no recipe file or profile 'missing.toml'"),
+        (["--recipe", "missing.toml"], 2, "error: no recipe file or profile 'missing.toml'"),
         (["-o", "."], 1, "error: . exists already"),
         (["--revision", "main"], 2, "error: "),
     ],
@@ -104,7 +104,7 @@ def test_ctrl_c_leaves_a_state_that_the_same_command_goes_on_from(tmp_path, chec
     # A conversion that waits after its third tensor, so that the signal has something to interrupt.
     slow = (
         "import sys, time\n"
-        "import tq.engine.model.convert as module\n"
+        "import tq.engine.model.encoding as module\n"
         "encode, count = module.encode, 0\n"
         "def waiting(*args):\n"
         "    global count\n"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from tq.commands import options
+from tq.commands.calibrate import conversion_encoder
 from tq.errors import UsageError
 from tq.output import Output, facts, human_bytes, human_count, human_seconds, render
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 EPILOG = options.examples(
     "tq convert -m HuggingFaceTB/SmolLM2-135M-Instruct --bits 4",
-    "tq convert -m ./model -o ./model-3bit --bits 3 --head-bits 8 --protect 0-1",
+    "tq convert -m ./model -o ./model-3bit --bits 3 --calibrate --protect 0-1",
     "tq convert -m model.gguf --recipe 16gb --dry-run",
 )
 
@@ -64,6 +65,19 @@ def convert(
         str | None,
         typer.Option("--recipe", metavar="FILE", help="A TOML file or the name of a profile; options go over it."),
     ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Let a text go through the model first: better, above all below 5 bits.")
+    ] = False,
+    calibration_text: Annotated[
+        Path | None,
+        typer.Option("--calibration-text", metavar="FILE", help="Which text; by default one that ships with tq."),
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option("--calibration-tokens", metavar="N", help="How much of it.  [default: 16384]")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", metavar="FOLDER", help="Use what tq calibrate has measured.")
+    ] = None,
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"] | None,
         typer.Option("--dtype", help="Type of what stays unquantized; by default the source's, bfloat16 for float32."),
@@ -85,13 +99,14 @@ def convert(
 ) -> None:
     """Quantize a model.
 
-    Needs the memory of one tensor and one output file, whatever the size of the model. An interrupted conversion goes
-    on where it stopped when the same command is given again.
+    Needs the memory of one tensor and one output file, whatever the size of the model; with --calibrate also that of
+    the text's activations. An interrupted conversion goes on where it stopped when the same command is given again.
     """
     say = Output(json=json, quiet=quiet, verbose=verbose)
     model = model or hf_path
     if model is None:
         raise UsageError("convert needs a model", hint="tq convert -m MODEL; tq convert --help lists the options")
+    recipe = options.read_settings(say, recipe=recipe).recipe
     out = out or mlx_path or default_out(model, format, bits=bits, codec=codec, recipe=recipe)
 
     from tq.cpu import blas
@@ -121,17 +136,27 @@ def convert(
     source = open_source(model, revision=revision, trust_remote_code=trust_remote_code)
     plan = make_plan(source, chosen, dtype=dtype, format=format, trust_remote_code=trust_remote_code)
     free = free_disk_bytes(out)
-    document = {"model": model, "out": str(out), "free_disk_bytes": free, **describe(plan)}
     for note in plan.notes:
         say.say(note)
+    encoder, more, lines = conversion_encoder(
+        plan,
+        say,
+        calibrate=calibrate,
+        calibration=calibration,
+        text=calibration_text,
+        tokens=calibration_tokens,
+        trust_remote_code=trust_remote_code,
+    )
+    document = {"model": model, "out": str(out), "free_disk_bytes": free, **describe(plan), **more}
+    shown = summary(model, out, plan, free, lines)
     if dry_run:
         table = render(by_tensor(plan) if verbose else plan.by_role(), "table")
-        say.result(document, f"{table}\n\n{summary(model, out, plan, free)}")
+        say.result(document, f"{table}\n\n{shown}")
         return
 
-    say.say(summary(model, out, plan, free))
+    say.say(shown)
     try:
-        (done,) = say.follow(carry_out(plan, out, restart=restart), "Converting")
+        (done,) = say.follow(carry_out(plan, out, restart=restart, encoder=encoder), "Converting")
     except KeyboardInterrupt:
         say.warn("stopped; the same command goes on from here, with --restart it starts over")
         raise
@@ -185,7 +210,7 @@ def by_tensor(plan: "Plan") -> list[dict[str, Any]]:
     ]
 
 
-def summary(model: str, out: Path, plan: "Plan", free: int) -> str:
+def summary(model: str, out: Path, plan: "Plan", free: int, more: dict[str, str]) -> str:
     quantized = plan.quantized_bits_per_weight
     return facts(
         {
@@ -196,5 +221,6 @@ def summary(model: str, out: Path, plan: "Plan", free: int) -> str:
             + (f" ({quantized:.2f} in quantized matrices)" if quantized is not None else ""),
             "peak memory": f"about {human_bytes(plan.peak_memory_bytes)}",
             "free disk": human_bytes(free),
+            **more,
         }
     )

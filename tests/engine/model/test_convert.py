@@ -14,9 +14,10 @@ from mlx.utils import tree_flatten
 
 from tq.engine.events import Progress
 from tq.engine.model import convert as convert_module
-from tq.engine.model.convert import Converted, convert, partial_folder
+from tq.engine.model.convert import Converted, convert
 from tq.engine.model.journal import NAME
 from tq.engine.model.load import load_packed
+from tq.engine.model.unfinished import partial_folder
 from tq.engine.quantize import decode
 from tq.errors import TQError
 

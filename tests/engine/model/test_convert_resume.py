@@ -10,10 +10,12 @@ from engine.model.conversions import OPTIONS, content, n_tensors, plan_of, run, 
 
 from tq.engine.events import Note, Progress
 from tq.engine.model import convert as convert_module
+from tq.engine.model import encoding
 from tq.engine.model import plan as plan_module
-from tq.engine.model.convert import convert, partial_folder
+from tq.engine.model.convert import convert
 from tq.engine.model.journal import NAME, Journal
 from tq.engine.model.safetensors import plan_shards
+from tq.engine.model.unfinished import partial_folder
 from tq.errors import TQError
 
 
@@ -184,8 +186,8 @@ def test_nothing_is_encoded_twice(source, tmp_path, monkeypatch):
     stop(source, tmp_path / "out", 9)
     done = sum(t.spec is not None for t in plan_of(source).tensors[:9])
     encoded = []
-    encode = convert_module.encode
-    monkeypatch.setattr(convert_module, "encode", lambda *a: encoded.append(a[0].shape) or encode(*a))
+    encode = encoding.encode
+    monkeypatch.setattr(encoding, "encode", lambda *a: encoded.append(a[0].shape) or encode(*a))
     run(source, tmp_path / "out")
     assert 0 < len(encoded) == sum(t.spec is not None for t in plan_of(source).tensors) - done
 

@@ -4,9 +4,9 @@ The output folder appears by rename when all is done. Until then the work lies i
 the same command goes on where it stopped, and the bytes are those of an uninterrupted run.
 """
 
+import functools
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ import mlx.core as mx
 import tq
 from tq.engine.events import Note, Progress
 from tq.engine.model.card import model_card
-from tq.engine.model.journal import NAME as JOURNAL_NAME
+from tq.engine.model.encoding import Encoder
 from tq.engine.model.journal import Journal, intact
-from tq.engine.model.plan import DTYPE_CODES, Plan, PlannedTensor
+from tq.engine.model.plan import DTYPE_CODES, Plan
 from tq.engine.model.safetensors import INDEX_NAME, ShardWriter, header_bytes, write_error
-from tq.engine.quantize import PackedTensor, encode
+from tq.engine.model.unfinished import Unfinished
 from tq.errors import TQError
 
 METADATA = {"format": "mlx"}
@@ -48,65 +48,47 @@ class Converted:
     encode_seconds: float
 
 
-def partial_folder(out: Path) -> Path:
-    """Where the unfinished output lies."""
-    return out.with_name(out.name + ".partial")
-
-
-def convert(plan: Plan, out: Path, *, restart: bool = False) -> Iterator[Progress | Note | Converted]:
+def convert(
+    plan: Plan, out: Path, *, restart: bool = False, encoder: Encoder | None = None
+) -> Iterator[Progress | Note | Converted]:
     """Carry out a plan.
 
     Args:
         plan: What to make. Its lazy arrays are used up.
         out: The folder to make. It must not exist.
         restart: Throw an unfinished conversion of ``out`` away.
+        encoder: Encodes the matrices; without data if None.
 
     Raises:
         TQError: The output exists, the disk is too small or fills up, or an unfinished conversion has other settings.
     """
     started = time.perf_counter()
-    if out.exists():
-        raise TQError(f"{out} exists already", "choose another --out, or remove it")
-    partial = partial_folder(out)
-    if partial.is_dir() and any(partial.iterdir()) and not (partial / JOURNAL_NAME).is_file():
-        raise TQError(f"{partial} exists and is no unfinished conversion", "choose another --out, or remove it")
+    encoder = encoder or Encoder()
+    if (record := encoder.record()) is not None:
+        plan.quantization["calibration"] = record
+    work = Unfinished(out, _identity(plan), kind="conversion", restart=restart)
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        journal = Journal(partial, _identity(plan), restart=restart)
+        yield from _write(plan, work, encoder, started)
     except OSError as error:
-        raise write_error(partial, error) from error
-    try:
-        if restart:
-            _empty(partial, journal.path)
-        yield from _write(plan, partial, journal, started, out)
-    except OSError as error:
-        raise write_error(Path(error.filename or partial), error) from error
+        raise write_error(Path(error.filename or work.folder), error) from error
     finally:
-        journal.close()
+        work.close()
 
 
-def _empty(folder: Path, keep: Path) -> None:
-    """Remove all of a folder but one file, which holds its lock."""
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path != keep:
-            path.unlink()
-
-
-def _write(
-    plan: Plan, partial: Path, journal: Journal, started: float, out: Path
-) -> Iterator[Progress | Note | Converted]:
+def _write(plan: Plan, work: Unfinished, encoder: Encoder, started: float) -> Iterator[Progress | Note | Converted]:
+    partial, journal = work.folder, work.journal
     headers = [header_bytes(shard.tensors, METADATA) for shard in plan.shards]
     done = intact(partial, plan.shards, headers, journal.crcs)
     first, done = _whole_units(plan, done)
     journal.rewind(done)
-    _check_disk(plan, partial)
+    _check_disk(plan, partial, encoder)
+    if first < len(plan.tensors):
+        yield from encoder.prepare(plan, partial)
     if first:
         yield Note(f"resuming: {first} of {len(plan.tensors)} tensors are done")
     writer = _Writer(plan, partial, journal, done)
     total = plan.weights
-    finished, encode_seconds = 0, 0.0
+    finished = 0
     try:
         if done == 0:
             for name, array in plan.shared.items():
@@ -117,30 +99,24 @@ def _write(
             if i < first:
                 continue
             yield Progress(finished - tensor.weights, total, "weights", tensor.name)
-            array = plan.source.materialize(lazy)
             if tensor.spec is None:
                 ((name, code, _),) = tensor.stored
-                writer.append(name, array.astype(_mx_dtype(code)))
+                writer.append(name, plan.source.materialize(lazy).astype(_mx_dtype(code)))
             else:
-                mx.eval(array)
-                before = time.perf_counter()
-                packed = _encode(array, tensor)
-                encode_seconds += time.perf_counter() - before
+                packed = encoder.encode(tensor, functools.partial(plan.source.materialize, lazy))
                 for name, stored in plan.format.arrays(tensor.name, packed).items():
                     writer.append(name, stored)
                 del packed
-            del lazy, array
+            del lazy
             mx.clear_cache()
     finally:
         writer.close()
     yield Progress(total, total, "weights", "finishing")
     _finish(plan, partial)
-    _synchronise(partial)
-    os.rename(partial, out)
-    (out / JOURNAL_NAME).unlink()  # last: without it an unfinished folder would begin anew
-    _synchronise(out.parent, files=False)
+    encoder.clean(partial)
+    work.finish()
     resumed = sum(t.weights for t in plan.tensors[:first])
-    yield Converted(out, plan.size_bytes, total - resumed, time.perf_counter() - started, encode_seconds)
+    yield Converted(work.out, plan.size_bytes, total - resumed, time.perf_counter() - started, encoder.seconds)
 
 
 class _Writer:
@@ -172,14 +148,6 @@ class _Writer:
             self.writer = None
 
 
-def _encode(array: mx.array, tensor: PlannedTensor) -> PackedTensor:
-    assert tensor.spec is not None
-    try:
-        return encode(array, tensor.spec)
-    except TQError as error:
-        raise TQError(f"{tensor.name}: {error.message}", error.hint) from error
-
-
 def _whole_units(plan: Plan, stored: int) -> tuple[int, int]:
     """Finished tensors of the plan, and their stored arrays, among the first ``stored`` arrays of the files."""
     n = len(plan.shared)
@@ -204,9 +172,9 @@ def _identity(plan: Plan) -> str:
     return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
 
 
-def _check_disk(plan: Plan, partial: Path) -> None:
-    there = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
-    needed = plan.size_bytes - there + SPARE_BYTES
+def _check_disk(plan: Plan, partial: Path, encoder: Encoder) -> None:
+    there = sum(file.stat().st_size for file in partial.rglob("*.safetensors"))
+    needed = plan.size_bytes + encoder.disk_bytes(plan) - there + SPARE_BYTES
     free = shutil.disk_usage(partial).free
     if free < needed:
         raise TQError(
@@ -234,17 +202,6 @@ def _finish(plan: Plan, partial: Path) -> None:
     if len(plan.shards) > 1:
         _write_json(partial / INDEX_NAME, plan.index)
     (partial / "README.md").write_text(model_card(plan), encoding="utf-8")
-
-
-def _synchronise(folder: Path, *, files: bool = True) -> None:
-    """Send a folder's names, and its files, to the disk: a power cut must not leave empty files behind the rename."""
-    paths = [path for path in folder.rglob("*") if path.is_file()] if files else []
-    for path in [*paths, folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _write_json(path: Path, data: dict) -> None:

@@ -1,4 +1,4 @@
-"""The journal of a conversion: what is finished, so that an interrupted one goes on where it stopped.
+"""The journal of a conversion or calibration: what is finished, so that an interrupted one goes on where it stopped.
 
 It lies in the unfinished output folder: a first line that identifies the work, then a line per finished tensor with
 the CRC-32 of what was written. A line that was cut off counts as not written.
@@ -16,6 +16,7 @@ from tq.engine.model.safetensors import Shard, size_bytes
 from tq.errors import TQError
 
 NAME = "conversion.jsonl"
+COMMANDS = {"conversion": "convert", "calibration": "calibrate"}  # by the kind of work
 
 
 class Journal:
@@ -25,15 +26,16 @@ class Journal:
         folder: The unfinished output folder.
         identity: Identifies source, plan and version: a journal of another identity cannot be continued.
         restart: Forget what is recorded, whatever its identity.
+        kind: One of COMMANDS.
 
     Attributes:
         crcs: CRC-32 of each stored tensor that is written, in order.
 
     Raises:
-        TQError: Another process works on the folder, or it holds the work of another conversion.
+        TQError: Another process works on the folder, or it holds other work.
     """
 
-    def __init__(self, folder: Path, identity: str, *, restart: bool = False):
+    def __init__(self, folder: Path, identity: str, *, restart: bool = False, kind: str = "conversion"):
         self.path = folder / NAME
         # Unbuffered: a record is in the file, or add() has raised.
         self._file = self.path.open("a+b", buffering=0)
@@ -41,13 +43,13 @@ class Journal:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise TQError(f"another tq convert is writing {folder}") from None
+                raise TQError(f"another tq {COMMANDS[kind]} is writing {folder}") from None
             if restart:
                 self._file.truncate(0)
             records, self._ends = self._read()
             if records and records[0] != {"identity": identity}:
                 raise TQError(
-                    f"{folder} holds an unfinished conversion with other settings or of another source",
+                    f"{folder} holds an unfinished {kind} with other settings or of another source",
                     "run that one again to finish it, or add --restart to begin anew",
                 )
             self._file.truncate(self._ends[-1] if records else 0)

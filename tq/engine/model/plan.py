@@ -154,6 +154,7 @@ def make_plan(
     dtype: str | None = None,
     format: str = "tq",  # the command line's word
     trust_remote_code: bool = False,
+    laid_out: Outline | None = None,
 ) -> Plan:
     """Plan a conversion from headers alone.
 
@@ -163,6 +164,7 @@ def make_plan(
         dtype: Type of the tensors that stay and of the activations; by default the source's, bfloat16 for float32.
         format: ``tq`` or ``turboquant``.
         trust_remote_code: Allow a model's own Python file to build it.
+        laid_out: What an earlier plan of the same source found, for plans that only differ in the recipe.
 
     Raises:
         TQError: The source is not complete, or the format cannot hold what the recipe asks for.
@@ -172,7 +174,7 @@ def make_plan(
         raise UsageError(f"--format {format!r} is not one of {', '.join(FORMATS)}")
     layout = FORMATS[format]()
     chosen = _dtype(dtype, source.config)
-    found = outline(source, trust_remote_code)
+    found = laid_out or outline(source, trust_remote_code)
     specs: dict[str, tuple[Matrix, QuantSpec]] = {}
     for path, matrix in found.matrices.items():
         spec = recipe.spec_for(matrix, found.tied_head, layout.defaults)

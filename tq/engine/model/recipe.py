@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tq.engine.model.recipe_file import NO_CHOICE, WITHOUT_BITS, Choice, Weights, load_recipe, parse_layers
+from tq.engine.machine.profiles import load_profile
+from tq.engine.model.recipe_file import NO_CHOICE, WITHOUT_BITS, Choice, Weights, parse_layers
 from tq.engine.model.roles import Matrix, Role
 from tq.engine.quantize.spec import CODEC_BITS, GROUP_SIZES, ROW, QuantSpec
 from tq.errors import UsageError
@@ -74,7 +75,7 @@ class Recipe:
             UsageError: A value is outside the valid ones.
             TQError: The file cannot be read.
         """
-        base = load_recipe(recipe).weights if recipe is not None else Weights()
+        base = load_profile(recipe).weights if recipe is not None else Weights()
         general = _bits_choice("--bits", bits)
         if codec is not None:
             _one_of("--codec", codec, (*CODEC_BITS, "none"))

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from tq.engine.quantize.affine import AffineCodec
-from tq.engine.quantize.feedback import feedback_factor, rotate_moments
+from tq.engine.quantize.feedback import Feedback
 from tq.engine.quantize.lloyd_max import CodebookCodec
 from tq.engine.quantize.packed import ArrayLayout, PackedTensor
 from tq.engine.quantize.rotation import random_signs, rotate, unrotate
@@ -55,14 +55,15 @@ def shared_arrays(spec: QuantSpec, in_features: int) -> dict[str, mx.array]:
     return arrays
 
 
-def encode(weight: mx.array, spec: QuantSpec, moments: np.ndarray | None = None) -> PackedTensor:
+def encode(weight: mx.array, spec: QuantSpec, moments: np.ndarray | Feedback | None = None) -> PackedTensor:
     """Quantize one matrix.
 
     Args:
         weight: (..., out, in), any float type.
         spec: How.
         moments: Second moments E[x x^T] of the un-rotated inputs, float (in, in): with them, the error of each
-            column is fed back into the columns to come (GPTQ, LDLQ). Matrices with leading axes share them.
+            column is fed back into the columns to come (GPTQ, LDLQ). Matrices with leading axes share them. A
+            ``Feedback`` in their place is for several matrices that read one activation.
 
     Raises:
         UsageError: The group size does not divide the input features.
@@ -75,11 +76,10 @@ def encode(weight: mx.array, spec: QuantSpec, moments: np.ndarray | None = None)
     signs = shared.get("signs")
     factor = None
     if moments is not None:
-        if moments.shape != (n, n):
-            raise ValueError(f"second moments of {n} inputs have the shape {moments.shape}")
-        if signs is not None:
-            moments = rotate_moments(moments, np.array(signs.astype(mx.float32)))
-        factor = feedback_factor(moments)
+        feedback = moments if isinstance(moments, Feedback) else Feedback(moments)
+        if feedback.moments.shape != (n, n):
+            raise ValueError(f"second moments of {n} inputs have the shape {feedback.moments.shape}")
+        factor = feedback.factor(None if signs is None else np.array(signs.astype(mx.float32)))
     rows = weight.reshape(-1, n)
     step = max(1, ENCODE_VALUES // n)
     parts = []
