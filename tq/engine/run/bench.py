@@ -16,10 +16,9 @@ import mlx.core as mx
 from tq.engine.events import Note, Progress
 from tq.engine.run import memory
 from tq.engine.run.contenders import Contender
-from tq.engine.run.context import Context
-from tq.engine.run.decode import Picker, prefill, steps
+from tq.engine.run.decode import PREFILL_STEP, Picker, prefill, steps
 from tq.engine.run.evaluate import default_text
-from tq.engine.run.generate import bos_tokens, context_length, packing_notes, prompt_cache
+from tq.engine.run.generate import bos_tokens, context_length, open_context, packing_notes
 from tq.engine.run.sampling import GenerateOptions, token_picker
 from tq.errors import UsageError
 
@@ -33,6 +32,7 @@ class BenchOptions:
         generate: Tokens that are generated one by one; 0 leaves that out.
         contexts: Tokens that the caches hold before.
         rounds: How often.
+        prefill_step: Tokens of a prompt that go through the model at once.
 
     Raises:
         UsageError: A value is out of range.
@@ -42,9 +42,10 @@ class BenchOptions:
     generate: int = 128
     contexts: tuple[int, ...] = (0,)
     rounds: int = 5
+    prefill_step: int = PREFILL_STEP
 
     def __post_init__(self) -> None:
-        for name, least in (("prompt", 0), ("generate", 0), ("rounds", 1)):
+        for name, least in (("prompt", 0), ("generate", 0), ("rounds", 1), ("prefill_step", 1)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name} must be {least} or more, not {getattr(self, name)}")
         if self.prompt == self.generate == 0:
@@ -165,7 +166,7 @@ class _Run:
         model, tokenizer = contender.loaded.model, contender.loaded.tokenizer
         self.tokens = text_tokens(tokenizer, behind + options.prompt + options.generate + 2)
         self.pick = token_picker(GenerateOptions(temp=0, top_p=1, top_k=0, min_p=0), len(tokenizer))
-        self.context = Context(lambda: prompt_cache(model, contender.settings))
+        self.context = open_context(model, contender.settings)
         self.kv_bytes = self.peak_bytes = 0
         self.prefill: list[float] = []
         self.decode: list[float] = []
@@ -198,7 +199,8 @@ class _Run:
         """To a context that holds the tokens before the prompt and nothing else."""
         before = self.tokens[: self.behind]
         if self.context.keep(before) < self.behind:
-            for _ in prefill(self.contender.loaded.model, self.context, before[len(self.context.tokens) :]):
+            rest = before[len(self.context.tokens) :]
+            for _ in prefill(self.contender.loaded.model, self.context, rest, self.options.prefill_step):
                 pass
             self.context.mark()
 
@@ -217,7 +219,8 @@ class _Run:
         """When each token that follows n more is known."""
         prompt = self.tokens[: self.behind + n]
         pick = _feeding(self.pick, self.tokens[self.behind + 1 :])
-        found = steps(self.contender.loaded.model, prompt, limit, self.context, [], pick)
+        step = self.options.prefill_step
+        found = steps(self.contender.loaded.model, prompt, limit, self.context, [], pick, step)
         times = [time.perf_counter() for _ in found]
         mx.synchronize()
         return times

@@ -18,8 +18,7 @@ from tq.engine.cache.prompts import LEAST_TOKENS, PromptCache, common_prefix
 from tq.engine.cache.settings import KVSettings
 from tq.engine.events import Note, Progress
 from tq.engine.run import decode
-from tq.engine.run.context import Context
-from tq.engine.run.generate import Finished, Token, context_length, encode_messages, generate, prompt_cache
+from tq.engine.run.generate import Finished, Token, context_length, encode_messages, generate, open_context
 from tq.engine.run.sampling import GenerateOptions
 from tq.engine.run.thinking import ThoughtFilter, begins_thinking, thought_markers
 from tq.errors import TQError, UsageError
@@ -101,7 +100,7 @@ class Conversation:
         self.messages: list[Message] = []
         self.first = 0
         self.keep = False
-        self.context = Context(lambda: prompt_cache(loaded.model, kv))
+        self.context = open_context(loaded.model, kv)
         self.limit = context_length(loaded.config)
         self._markers = thought_markers(loaded.tokenizer)
         self._interrupted = False
@@ -259,8 +258,10 @@ class Conversation:
             places += [begin, common_prefix(self._encode(later), tokens)]
         total = len(tokens) - cached
         context = self.context
+        context.grow_to(len(tokens))
         for place in sorted(place for place in places if len(context.tokens) < place < len(tokens)):
-            for _ in decode.prefill(self.loaded.model, context, tokens[len(context.tokens) : place], READ_STEP):
+            step = min(READ_STEP, self.options.prefill_step)
+            for _ in decode.prefill(self.loaded.model, context, tokens[len(context.tokens) : place], step):
                 yield Progress(len(context.tokens) - cached, total, "tokens")
                 if self._is_interrupted():
                     return

@@ -25,7 +25,7 @@ from tq.engine.run.sampling import (
     resolve_options,
     token_picker,
 )
-from tq.engine.run.thinking import overlap
+from tq.engine.run.token_text import TokenText
 from tq.errors import TQError, UsageError
 
 if TYPE_CHECKING:
@@ -94,21 +94,38 @@ def encode_prompt(
     return encode_messages(tokenizer, [*messages, {"role": "user", "content": prompt}], think)
 
 
-def encode_messages(tokenizer, messages: list[dict[str, str]], think: bool = True) -> list[int]:
+def encode_messages(
+    tokenizer,
+    messages: list[dict[str, Any]],
+    think: bool | None = True,
+    *,
+    tools: Sequence[dict[str, Any]] = (),
+    continue_last: bool = False,
+    variables: dict[str, Any] | None = None,
+) -> list[int]:
     """Turn a conversation into token ids, through the chat template, up to where an answer begins.
 
     Args:
-        messages: Each with "role" (system, user or assistant) and "content".
+        messages: Each with "role" and "content", and what the template knows besides.
+        think: None leaves it to the template.
+        tools: Functions that the model may call.
+        continue_last: The last message is the beginning of the answer.
+        variables: More for the template.
 
     Raises:
         TQError: The template refuses the messages.
     """
     from jinja2 import TemplateError
 
-    switches = dict.fromkeys(_thinking_switches(tokenizer), think)
+    more: dict[str, Any] = {} if think is None else dict.fromkeys(_thinking_switches(tokenizer), think)
+    more |= variables or {}
+    if tools:
+        more["tools"] = list(tools)
+    if continue_last:
+        more["continue_final_message"] = True
     try:
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, **switches))
-    except TemplateError as error:
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=not continue_last, **more))
+    except (TemplateError, TypeError, ValueError) as error:
         raise TQError(
             f"the model's chat template refuses these messages: {error}",
             hint="it may take them without a system prompt, or as a raw prompt",
@@ -180,12 +197,29 @@ def generate(
             )
         limit = min(limit, most - len(prompt_tokens))
     if context is None:
-        context = Context(lambda: prompt_cache(loaded.model, kv))
+        context = open_context(loaded.model, kv)
     return _events(loaded, list(prompt_tokens), options, limit, context)
 
 
+def open_context(model: nn.Module, kv: KVSettings | None) -> Context:
+    """A context without tokens, packed as `kv` says, from the beginning or from `kv.start` tokens on.
+
+    Raises:
+        TQError: No layer's cache can be packed.
+    """
+    if kv is None or kv.start == 0:
+        return Context(lambda: prompt_cache(model, kv))
+    prompt_cache(model, kv)  # what cannot be packed is said now, not after so many tokens
+
+    def pack_now(caches: list[Any]) -> None:
+        pack(caches, kv, model)
+        mx.clear_cache()  # what the unpacked ones took
+
+    return Context(lambda: prompt_cache(model, None), pack_now, kv.start)
+
+
 def prompt_cache(model: nn.Module, kv: KVSettings | None) -> list[Any]:
-    """An empty cache for each layer, packed as far as it can be if `kv` is given.
+    """An empty cache for each layer, packed from the beginning as far as it can be if `kv` is given.
 
     Raises:
         TQError: No layer's can be packed.
@@ -220,11 +254,8 @@ def _events(
 ) -> Iterator[Token | Finished]:
     from mlx_lm.utils import maybe_set_recommended_wired_limit
 
-    end_ids = _end_ids(loaded)
-    detokenizer = loaded.tokenizer.detokenizer
-    stops = _StopFilter(options.stop)
-    reason: Literal["stop", "length"] = "length"
-    count = 0
+    ends = end_ids(loaded)
+    answer = TokenText(loaded.tokenizer, options, ends, limit)
     if options.seed is not None:
         mx.random.seed(options.seed)
     mx.reset_peak_memory()
@@ -236,40 +267,25 @@ def _events(
         prompt_tokens,
         limit,
         context,
-        logits_processors(options, len(prompt_tokens), end_ids),
+        logits_processors(options, len(prompt_tokens), ends),
         token_picker(options, len(loaded.tokenizer)),
+        options.prefill_step,
     )
     try:
         for token_id, logprob in steps:
-            count += 1
-            if count == 1:
+            if answer.count == 0:
                 prefilled = time.perf_counter()
-            if token_id in end_ids:
-                reason = "stop"
-            else:
-                detokenizer.add_token(token_id)
-            last = reason == "stop" or count == limit
-            if last:
-                detokenizer.finalize()
-            text = detokenizer.last_segment
-            if last:
-                text = text.rstrip("\ufffd")  # the first bytes of a character that the end cut off
-            if count > options.min_tokens:
-                text, stopped = stops.push(text)
-                if stopped:
-                    reason, last = "stop", True
-                elif last:
-                    text += stops.held
-            yield Token(text, token_id, logprob)
-            if last:
+            yield Token(answer.push(token_id), token_id, logprob)
+            if answer.reason is not None:
                 break
     finally:
         mx.synchronize()  # the loop works one token ahead
         if wired_limit is not None:
             mx.set_wired_limit(wired_limit)
+    count = answer.count
     prefill_seconds, decode_seconds = prefilled - start, time.perf_counter() - prefilled
     yield Finished(
-        reason=reason,
+        reason=answer.reason or "length",
         prompt_tokens=len(prompt_tokens),
         cached_tokens=cached,
         tokens=count,
@@ -281,26 +297,7 @@ def _events(
     )
 
 
-class _StopFilter:
-    """Passes text on until a stop string appears, and holds back what may become one."""
-
-    def __init__(self, stops: Sequence[str]):
-        self.stops = stops
-        self.held = ""
-
-    def push(self, text: str) -> tuple[str, bool]:
-        """Return the text that can be shown, and whether a stop string followed it."""
-        self.held += text
-        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
-        if found:
-            return self.held[: min(found)], True
-        keep = max((overlap(self.held, stop) for stop in self.stops), default=0)
-        split = len(self.held) - keep
-        text, self.held = self.held[:split], self.held[split:]
-        return text, False
-
-
-def _end_ids(loaded: LoadedModel) -> set[int]:
+def end_ids(loaded: LoadedModel) -> set[int]:
     """Every token that ends a sequence: the tokenizer's, config.json's and generation_config.json's."""
     ids = set(loaded.tokenizer.eos_token_ids)
     for config in (loaded.config, generation_config(loaded.path)):

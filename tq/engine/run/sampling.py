@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from tq.cpu import lazy, library
-from tq.engine.run.decode import Picker, Processor
+from tq.engine.run.decode import PREFILL_STEP, Picker, Processor
 from tq.errors import TQError, UsageError
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ _RANGES = {
     "repetition_penalty": (lambda v: 0 < v < math.inf, "more than 0 (1 = off)"),
     "repetition_context": (lambda v: v >= 1, "1 or more"),
     "min_tokens": (lambda v: v >= 0, "0 or more"),
+    "prefill_step": (lambda v: v >= 1, "1 or more"),
     "seed": (lambda v: 0 <= v < 2**64, "from 0 to 2**64 - 1"),
 }
 
@@ -56,6 +59,7 @@ class GenerateOptions:
         min_tokens: End-of-sequence and stop strings are impossible within this many tokens.
         seed: Of MLX's random numbers; None leaves them as they are.
         stop: Strings that end the text and are not part of it.
+        prefill_step: Tokens of the prompt that go through the model at once: fewer need less memory.
 
     Raises:
         UsageError: A value is out of its range.
@@ -71,6 +75,7 @@ class GenerateOptions:
     min_tokens: int = 0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    prefill_step: int = PREFILL_STEP
 
     def __post_init__(self):
         for name in _RANGES:
@@ -111,15 +116,18 @@ def resolve_options(loaded: LoadedModel, options: GenerateOptions) -> tuple[Gene
     return dataclasses.replace(options, **values), sources
 
 
-def token_picker(options: GenerateOptions, vocab_size: int) -> Picker:
-    """Resolved options as a function: logits (1, vocab) to a token (1,) and its log-probability (1,)."""
-    if mx.default_device() == mx.Device(mx.cpu) and library.state().active:
-        return _native_picker(options)
-    from mlx_lm.sample_utils import make_sampler
+def token_picker(options: GenerateOptions, vocab_size: int, key: mx.array | None = None) -> Picker:
+    """Resolved options as a function: logits (1, vocab) to a token (1,) and its log-probability (1,).
 
+    Args:
+        key: Of random numbers of its own (mx.random.key); None: it takes MLX's.
+    """
+    keys = _keys(key)
+    if mx.default_device() == mx.Device(mx.cpu) and library.state().active:
+        return _native_picker(options, keys)
     # mlx-lm refuses a top_k of the whole vocabulary or more, which means the same as no top_k.
     top_k = options.top_k if (options.top_k or 0) < vocab_size else 0
-    sampler = make_sampler(temp=options.temp, top_p=options.top_p, min_p=options.min_p, top_k=top_k)
+    sampler = _sampler(dataclasses.replace(options, top_k=top_k), keys)
 
     def pick(logits: mx.array) -> tuple[mx.array, mx.array]:
         logits = logits.astype(mx.float32)  # half precision would round a log-probability of -10 by up to 0.03
@@ -130,12 +138,40 @@ def token_picker(options: GenerateOptions, vocab_size: int) -> Picker:
     return pick
 
 
-def _native_picker(options: GenerateOptions) -> Picker:
+def _keys(key: mx.array | None) -> Iterator[mx.array | None]:
+    """A new key for each token."""
+    while key is not None:
+        key, one = mx.random.split(key)
+        yield one
+    yield from itertools.repeat(None)
+
+
+def _sampler(options: GenerateOptions, keys: Iterator[mx.array | None]) -> Callable[[mx.array], mx.array]:
+    """mlx-lm's sampler, which has no keys: its filters go before random numbers that are taken here."""
+    from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
+
+    temp, top_p, min_p, top_k = options.temp, options.top_p, options.min_p, options.top_k
+
+    def sample(logprobs: mx.array) -> mx.array:
+        if not temp:
+            return mx.argmax(logprobs, axis=-1)
+        if top_p is not None and top_p < 1:
+            logprobs = apply_top_p(logprobs, top_p)
+        if min_p:
+            logprobs = apply_min_p(logprobs, min_p)
+        if top_k:
+            logprobs = apply_top_k(logprobs, top_k)
+        return mx.random.categorical(logprobs / temp, key=next(keys))
+
+    return sample
+
+
+def _native_picker(options: GenerateOptions, keys: Iterator[mx.array | None]) -> Picker:
     params = library.SampleParams(options.temp, options.top_p, options.min_p, options.top_k)
     zero = mx.zeros((1,))
 
     def pick(logits: mx.array) -> tuple[mx.array, mx.array]:
-        uniform = mx.random.uniform(shape=(1,)) if options.temp else zero
+        uniform = mx.random.uniform(shape=(1,), key=next(keys)) if options.temp else zero
         outputs = [((1,), mx.uint32), ((1,), mx.float32)]
         token, logprob = lazy.call("tq_sample", params, [logits.astype(mx.float32), uniform], outputs)
         return token, logprob

@@ -1,0 +1,1 @@
+"""Many requests to one model at once: what `tq serve` runs on."""
