@@ -72,6 +72,11 @@ def _top_level_names(source: Path) -> set[str]:
     return names
 
 
+def config(model_type: str) -> dict[str, Any]:
+    """Return a copy of the config.json of a type, of UNSUPPORTED ones too."""
+    return join(_TABLE[model_type])
+
+
 def build(model_type: str, seed: int = 0) -> nn.Module:
     """Return the model with random weights, in evaluation mode; KeyError for a type without a configuration.
 

@@ -7,6 +7,7 @@ import errno
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 from tq.errors import TQError, UsageError
 
@@ -50,7 +51,7 @@ def resolve(model: str, revision: str | None = None, *, trust_remote_code: bool 
     if not is_hub_id(model):
         hint = "give a model folder, a .gguf file, or a Hugging Face Hub id such as mlx-community/Qwen3-0.6B-bf16"
         raise TQError(f"no such model: {model}", hint)
-    return _download(model, revision, ALLOW_PATTERNS + [CODE_PATTERN] * trust_remote_code)
+    return download(model, revision, ALLOW_PATTERNS + [CODE_PATTERN] * trust_remote_code)
 
 
 def is_hub_id(model: str) -> bool:
@@ -58,7 +59,8 @@ def is_hub_id(model: str) -> bool:
     return HUB_ID.fullmatch(model) is not None and not model.endswith((".gguf", ".safetensors"))
 
 
-def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
+def download(model: str, revision: str | None, patterns: list[str]) -> Path:
+    """The snapshot of a Hub id, with the files that these patterns name. See `resolve`."""
     import huggingface_hub
     from huggingface_hub import constants
 
@@ -83,6 +85,33 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
             else:
                 logger.warning("the Hugging Face Hub cannot be reached: using the cached %s", path)
                 return path
+        explained = _explain(error, model, revision)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def safetensors_metadata(model: str, revision: str | None) -> Any:
+    """The headers of a repository's shards (`huggingface_hub.SafetensorsRepoMetadata`), fetched by ranged requests.
+
+    Raises:
+        TQError: There are no safetensors, a header is damaged, no access, or no network.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    if constants.HF_HUB_OFFLINE:
+        hint = "unset HF_HUB_OFFLINE to read its headers, or give a local path"
+        raise TQError(f"{model} is not in the Hub's cache, and HF_HUB_OFFLINE forbids the network", hint)
+    try:
+        return huggingface_hub.get_safetensors_metadata(model, revision=revision)
+    except errors.NotASafetensorsRepoError as error:
+        raise TQError(
+            f"{model} has no safetensors weights", "look for a safetensors version, or give a .gguf file"
+        ) from error
+    except errors.SafetensorsParsingError as error:
+        raise TQError(f"a safetensors header of {model} is damaged: {str(error).splitlines()[0]}") from error
+    except Exception as error:
         explained = _explain(error, model, revision)
         if explained is None:
             raise
