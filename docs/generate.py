@@ -5,8 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tq.cli import app
+
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ["convert", "run", "chat", "eval", "bench", "demo", "doctor"]
 
 
 def generated() -> dict[str, str]:
@@ -21,7 +22,7 @@ def generated() -> dict[str, str]:
 
 def reference() -> str:
     parts = ["# Command reference\n\nMade from `tq --help` by `make docs`."]
-    for words in [[], *([name] for name in COMMANDS)]:
+    for words in [[], *([command.name] for command in app.registered_commands)]:
         parts.append(f"## {' '.join(['tq', *words])}\n\n```text\n{tq(*words, '--help').strip()}\n```")
     return "\n\n".join(parts) + "\n"
 

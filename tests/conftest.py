@@ -15,6 +15,7 @@ for name in [name for name in os.environ if name.startswith("TQ_")] + ["FORCE_CO
 os.environ.update(
     HOME=_HOME.name,
     XDG_CACHE_HOME=os.path.join(_HOME.name, "cache"),
+    XDG_CONFIG_HOME=os.path.join(_HOME.name, "config"),  # nobody's tq.toml
     HF_HOME=os.path.join(_HOME.name, "huggingface"),
     TQ_THREADS="1",  # the tests themselves run in parallel
     TQ_CPU_EXACT="1",  # most compare with a reference; those of 8-bit activations take it away

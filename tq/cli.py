@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from tq import __version__, output, settings
-from tq.commands import bench, chat, convert, demo, doctor, eval, run
+from tq.commands import bench, calibrate, chat, convert, demo, doctor, eval, plan, run, serve, stream
 from tq.commands.options import examples
 from tq.errors import TQError, UsageError
 
@@ -32,7 +32,7 @@ app = typer.Typer(
         'tq run -m SmolLM2-135M-Instruct-tq4 "What is gravity?"',
     ),
 )
-for command in (convert, run, chat, eval, bench, demo, doctor):
+for command in (convert, calibrate, plan, run, stream, chat, serve, eval, bench, demo, doctor):
     name = command.__name__.rpartition(".")[2]
     app.command(name, epilog=command.EPILOG)(getattr(command, name))
 

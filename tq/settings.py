@@ -1,4 +1,4 @@
-"""Where settings come from: the environment variables that tq reads, listed once, and the folders it may write to."""
+"""The environment variables that are no settings of tq.toml (engine/machine/settings.py), and the folders of a user."""
 
 import os
 import re
@@ -12,9 +12,11 @@ ENVIRONMENT = {
     "TQ_THREADS": "threads for native CPU code (default: the physical cores this process may use)",
     "TQ_CPU_ISA": "the one instruction set to build CPU kernels for: avx512, avx2vnni, avx2, neon or generic",
     "TQ_CPU_EXACT": "1: CPU kernels compute with float32 activations instead of 8-bit ones (slower)",
-    "TQ_PROMPT_CACHE": "disk space for prompts that tq chat has read, such as 500MB or 8GB; 0: none (default: 2GB)",
+    "TQ_API_KEY": "what clients of tq serve must send",
     "TQ_DEBUG": "1: show the traceback behind an error",
 }
+
+SECRET = ("TQ_API_KEY",)  # never shown
 
 
 def debug() -> bool:
@@ -24,6 +26,14 @@ def debug() -> bool:
 def cpu_exact() -> bool:
     """Whether TQ_CPU_EXACT asks for float32 activations in CPU kernels. Models look when they are loaded."""
     return os.environ.get("TQ_CPU_EXACT", "") not in ("", "0")
+
+
+def api_key(option: str | None) -> str | None:
+    """What clients of a server must send: the option, else TQ_API_KEY, else None. Raises UsageError if it is empty."""
+    key = os.environ.get("TQ_API_KEY") if option is None else option
+    if option is not None and not option.strip():
+        raise UsageError("--api-key is empty", hint="without it, clients need no key")
+    return key or None
 
 
 def threads() -> int | None:
@@ -36,15 +46,21 @@ def threads() -> int | None:
     return int(value)
 
 
-def prompt_cache_bytes(option: str | None = None) -> int:
-    """Bytes of disk for prompts: the option, else TQ_PROMPT_CACHE, else 2 GB. Raises UsageError if it is no size."""
-    name, value = (
-        ("TQ_PROMPT_CACHE", os.environ.get("TQ_PROMPT_CACHE")) if option is None else ("--prompt-cache", option)
-    )
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)b?", (value or "2GB").strip().lower())
+def size_bytes(text: str) -> int:
+    """Bytes of a size such as 500MB, 8GB or 0; 1 GB is 10^9 bytes. Raises UsageError if it is no size."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)b?", text.strip().lower())
     if found is None:
-        raise UsageError(f"{name} is {value!r}: it must be a size such as 500MB or 8GB, or 0")
+        raise UsageError(f"{text!r} is no size such as 500MB, 8GB or 0")
     return int(float(found[1]) * 1000 ** " kmgt".index(found[2] or " "))
+
+
+def config_file() -> Path:
+    """The user's tq.toml, in $XDG_CONFIG_HOME/tq, else ~/.config/tq, on macOS too. It need not exist.
+
+    Raises:
+        TQError: This user has no home.
+    """
+    return _user_folder("XDG_CONFIG_HOME", ".config", "settings") / "tq.toml"
 
 
 def cache_dir() -> Path:
@@ -53,8 +69,12 @@ def cache_dir() -> Path:
     Raises:
         TQError: This user has no home.
     """
-    root = os.environ.get("XDG_CACHE_HOME")
+    return _user_folder("XDG_CACHE_HOME", ".cache", "caches")
+
+
+def _user_folder(variable: str, name: str, purpose: str) -> Path:
+    root = os.environ.get(variable)
     try:
-        return (Path(root) if root else Path.home() / ".cache") / "tq"
+        return (Path(root) if root else Path.home() / name) / "tq"
     except RuntimeError as error:
-        raise TQError("this user has no home folder", hint="set XDG_CACHE_HOME to a folder for caches") from error
+        raise TQError("this user has no home folder", hint=f"set {variable} to a folder for {purpose}") from error

@@ -165,7 +165,7 @@ def test_nothing_is_stored_if_nobody_wants_it(tq, checkpoint, prompts, monkeypat
 
 @pytest.mark.parametrize(("text", "size"), [("0", 0), ("500MB", 5e8), ("1.5g", 1.5e9), ("7", 7), ("2 TB", 2e12)])
 def test_sizes(text, size):
-    assert settings.prompt_cache_bytes(text) == size
+    assert settings.size_bytes(text) == size
 
 
 def test_damage_is_said_and_costs_nothing_else(tq, checkpoint, prompts):
@@ -217,7 +217,7 @@ def test_mistakes_in_commands_are_sentences(tq, checkpoint, tmp_path, line, mess
     ("arguments", "message"),
     [
         (["--temp", "-1"], "temp must be 0 (greedy) or more"),
-        (["--prompt-cache", "much"], "--prompt-cache is 'much': it must be a size such as 500MB or 8GB, or 0"),
+        (["--prompt-cache", "much"], "--prompt-cache: 'much' is no size such as 500MB, 8GB or 0"),
     ],
 )
 def test_mistakes_in_options_are_sentences(tq, checkpoint, arguments, message):

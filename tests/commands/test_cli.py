@@ -11,7 +11,7 @@ import pytest
 from tq import __version__, cli
 from tq.errors import TQError, UsageError
 
-COMMANDS = ["convert", "run", "chat", "eval", "bench", "demo", "doctor"]
+COMMANDS = ["convert", "calibrate", "plan", "run", "stream", "chat", "serve", "eval", "bench", "demo", "doctor"]
 
 
 def test_version_alone_on_stdout(tq):
@@ -81,11 +81,10 @@ def raising(tq, monkeypatch):
     """raising(exception): the result of a command that raises it."""
 
     def call(exception):
-        def doctor(**options):
+        def examine(*arguments):
             raise exception
 
-        monkeypatch.setattr("tq.engine.machine.doctor.examine", doctor)
-        monkeypatch.setattr("tq.engine.machine.doctor.examine", lambda: (_ for _ in ()).throw(exception))
+        monkeypatch.setattr("tq.engine.machine.doctor.examine", examine)
         return tq("doctor")
 
     return call

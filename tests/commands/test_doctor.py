@@ -7,7 +7,7 @@ import pytest
 
 NAMES = [
     "system", "chip", "memory", "disk", "python", "blas", "mlx", "mlx-lm", "device", "kernels", "backends", "hub",
-    "settings",
+    "settings", "profile",
 ]  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def test_a_report_has_every_kernel_and_nothing_private(tq, monkeypatch, tmp_path
     assert result.code == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report) == {"tq", "machine", "kernels"}
-    assert set(report["machine"]) == set(NAMES) - {"disk", "blas", "hub", "settings"}
+    assert set(report["machine"]) == set(NAMES) - {"disk", "blas", "hub", "settings", "profile"}
     assert {(k["operation"], k["codes"]) for k in report["kernels"]} == {
         (op, spec.label()) for op in ("matmul", "gather_matmul", "embed") for spec in selftest.ALL_SPECS
     }

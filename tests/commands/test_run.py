@@ -140,4 +140,4 @@ def test_a_terminal_on_stdin_is_not_read(monkeypatch):
             raise AssertionError("would wait for a person")
 
     monkeypatch.setattr("sys.stdin", Terminal())
-    assert command._question("hello", None) == "hello"
+    assert command.read_question("hello", None) == "hello"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import tq
-from tq.commands import options, plots
+from tq.commands import bench_cache, options, plots
 from tq.errors import UsageError
 from tq.output import Output, human_bytes, human_count, human_seconds, render
 
@@ -22,10 +22,12 @@ EPILOG = options.examples(
     "tq bench -m MODEL-tq4",
     "tq bench -m MODEL-tq4 -m MODEL-tq3 --context 0,2048,8192",
     "tq bench -m MODEL-tq4 --sweep kv --context 2048,8192 --plot kv.png",
+    "tq bench -m MODEL-tq4 --sweep cache --disk-gb-s 6 --memory-gb-s 400",
 )
 CONTEXTS, SWEEP_CONTEXTS = "0", "512,2048"
 SAMPLES = 4
 SWEEP_KV = "none,k8v4,k8v3,k4v4"
+PACKING = ("kv_bits", "kv_k_bits", "kv_v_bits", "kv_sink", "kv_group_size", "kv_codec", "kv_start")
 LOAD_PERCENT = 10  # of the processors in the hands of others, from which on it is said
 MEGABYTES = 1e-6
 PLOTTED = {
@@ -39,6 +41,7 @@ SWEEP_PLOTTED = {**PLOTTED, "kl_mean": ("KL divergence from unpacked", 1.0)}
 
 class Sweep(StrEnum):
     KV = "kv"
+    CACHE = "cache"
 
 
 class Format(StrEnum):
@@ -49,6 +52,7 @@ class Format(StrEnum):
 
 
 def bench(
+    asked: typer.Context,
     *,
     model: Annotated[
         list[str],
@@ -64,7 +68,8 @@ def bench(
     ] = None,
     rounds: Annotated[int, typer.Option("--rounds", metavar="N", help="How often each number is measured.")] = 5,
     sweep: Annotated[
-        Sweep | None, typer.Option("--sweep", help="kv: compare ways to keep keys and values, also in quality.")
+        Sweep | None,
+        typer.Option("--sweep", help="kv: ways to keep keys and values, also in quality; cache: memory for experts."),
     ] = None,
     kv: Annotated[
         str | None,
@@ -77,12 +82,25 @@ def bench(
     samples: Annotated[
         int | None, typer.Option("--samples", metavar="N", help="At most so many windows of the text, else 4.")
     ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option("--trace", metavar="FILE", help="Of --sweep cache: what tq stream --trace wrote, not a text."),
+    ] = None,
+    disk_gb_s: Annotated[
+        float | None, typer.Option("--disk-gb-s", metavar="X", help="Of --sweep cache; without it, measured here.")
+    ] = None,
+    memory_gb_s: Annotated[
+        float | None, typer.Option("--memory-gb-s", metavar="X", help="Of --sweep cache; without it, measured here.")
+    ] = None,
     kv_bits: options.KVBits = None,
     kv_k_bits: options.KVKeyBits = None,
     kv_v_bits: options.KVValueBits = None,
     kv_sink: options.KVSink = None,
     kv_group_size: options.KVGroupSize = None,
     kv_codec: options.KVCodec = None,
+    kv_start: options.KVStart = None,
+    prefill_step: options.PrefillStep = None,
+    profile: options.Profile = None,
     format: Annotated[Format | None, typer.Option("--format", help="How the result is printed.")] = None,
     plot: Annotated[
         str | None, typer.Option("--plot", metavar="FILE", help="Also draw it: a .png, .svg or .pdf, or - for here.")
@@ -98,13 +116,18 @@ def bench(
     Models, or settings of a sweep, take turns in every round; ratios are medians of ratios within a round. Ctrl-C
     prints what is known by then.
     """
-    packing = (kv_bits, kv_k_bits, kv_v_bits, kv_sink, kv_group_size, kv_codec)
+    packing = (kv_bits, kv_k_bits, kv_v_bits, kv_sink, kv_group_size, kv_codec, kv_start)
+    if sweep is Sweep.CACHE:
+        bench_cache.refuse_others(asked)
+    else:
+        speeds = {"--disk-gb-s": disk_gb_s, "--memory-gb-s": memory_gb_s}
+        _refuse({**speeds, "--trace": trace}, "is for --sweep cache", "leave it out")
     if sweep is None:
         _refuse(
             {"--kv": kv, "--text": text, "--samples": samples}, "is for --sweep kv", "--kv-bits packs without a sweep"
         )
-    else:
-        names = ("--kv-bits", "--kv-k-bits", "--kv-v-bits", "--kv-sink", "--kv-group-size", "--kv-codec")
+    elif sweep is Sweep.KV:
+        names = (f"--{name.replace('_', '-')}" for name in PACKING)
         hint = "for example --kv none,k8v4,k4v4/affine"
         _refuse(dict(zip(names, packing, strict=True)), "is not for --sweep kv, which takes --kv", hint)
         if len(model) > 1:
@@ -113,9 +136,14 @@ def bench(
         raise UsageError(f"--json and --format {format} are two forms of one result: use one of them")
     style = Format.JSON if json else format or Format.TABLE
     out = Output(json=style == Format.JSON, quiet=quiet, verbose=verbose)
+    if sweep is Sweep.CACHE:
+        read = (text, trace, context, disk_gb_s, memory_gb_s)
+        return bench_cache.sweep_cache(out, style, model, *read, revision, trust_remote_code)
     if plot == plots.TERMINAL and style != Format.TABLE:
         raise UsageError(f"--plot - goes with --format table, not with {style}", "--plot FILE.png goes with all")
     contexts = _numbers(context or (SWEEP_CONTEXTS if sweep else CONTEXTS))
+    flags: dict[str, Any] = dict(zip(PACKING, packing, strict=True))
+    configured = options.read_settings(out, profile=profile, prefill_step=prefill_step, **flags)
     if plot is not None:
         plots.check(plot)
 
@@ -129,7 +157,7 @@ def bench(
     from tq.engine.run.kv_sweep import PLAIN, measure_quality, parse_settings
     from tq.engine.run.other_load import OtherLoad
 
-    chosen = BenchOptions(prompt, generate, contexts, rounds)
+    chosen = BenchOptions(prompt, generate, contexts, rounds, configured.prefill_step)
     settings: list[tuple[str, KVSettings | None]]
     if sweep:
         if min(contexts) < 2:
@@ -137,7 +165,7 @@ def bench(
         settings = parse_settings(kv or SWEEP_KV)
         text_name, words = (str(text), read_text(text)) if text else default_text()
     else:
-        one = options.kv_settings(*packing)
+        one = configured.kv
         settings = [(PLAIN if one is None else one.label(), one)]
     how = {"revision": revision, "trust_remote_code": trust_remote_code}
     contenders = [e for e in out.follow(load_contenders(model, settings, **how), "Loading") if isinstance(e, Contender)]

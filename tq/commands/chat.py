@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from tq import settings
-from tq.commands import options
+from tq.commands import groups, options
 from tq.errors import TQError, UsageError
 from tq.output import Output, human_bytes, is_terminal, report_error
 
@@ -21,44 +21,33 @@ EPILOG = options.examples(
 )
 
 
+@groups.flat
 def chat(
     *,
     model: options.Model,
     system: options.System = None,
     no_think: options.NoThink = False,
     max_tokens: options.MaxTokens = 2048,
-    min_tokens: options.MinTokens = 0,
-    temp: options.Temp = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    repetition_context: options.RepetitionContext = 64,
+    sampling: groups.Sampling,
     seed: options.Seed = None,
-    stop: options.Stop = None,
-    kv_bits: options.KVBits = None,
-    kv_k_bits: options.KVKeyBits = None,
-    kv_v_bits: options.KVValueBits = None,
-    kv_sink: options.KVSink = None,
-    kv_group_size: options.KVGroupSize = None,
-    kv_codec: options.KVCodec = None,
+    caching: groups.Caching,
+    profile: options.Profile = None,
     prompt_cache: options.PromptCache = None,
+    stream: options.Stream = None,
     stats: Annotated[bool, typer.Option("--stats", help="Say after each answer how fast it was.")] = False,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
+    loading: groups.Loading,
+    printing: groups.Printing,
 ) -> None:
     """Hold a conversation.
 
     /help lists the commands there. Without a terminal, each line that is piped in is a message or such a command, and
     answers alone go to stdout.
     """
-    out = Output(json=json, quiet=quiet, verbose=verbose)
-    budget = settings.prompt_cache_bytes(prompt_cache)
+    out = Output(**vars(printing))
+    configured = options.read_settings(out, profile=profile, **vars(caching), prompt_cache=prompt_cache, budget=stream)
+    budget = configured.prompt_cache_bytes
     interactive = sys.stdin is not None and is_terminal(sys.stdin) and is_terminal(sys.stdout)
-    if interactive and json:
+    if interactive and printing.json:
         raise UsageError("--json needs messages that are piped in", hint="printf 'Hello!\\n' | tq chat -m MODEL --json")
 
     from tq.cpu import blas
@@ -71,21 +60,11 @@ def chat(
     from tq.engine.run.generate import packing_notes, prompt_notes
     from tq.engine.run.sampling import GenerateOptions
 
-    chosen = GenerateOptions(
-        max_tokens=max_tokens,
-        min_tokens=min_tokens,
-        temp=temp,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        repetition_context=repetition_context,
-        seed=seed,
-        stop=tuple(stop or ()),
-    )
-    kv = options.kv_settings(kv_bits, kv_k_bits, kv_v_bits, kv_sink, kv_group_size, kv_codec)
-    with _loading(model, interactive and not quiet, out):
-        loaded = load(model, revision=revision, trust_remote_code=trust_remote_code)
+    chosen = GenerateOptions(max_tokens=max_tokens, **sampling.asked, seed=seed, prefill_step=configured.prefill_step)
+    kv = configured.kv
+    streaming = options.stream_settings(configured) if stream else None
+    with _loading(model, interactive and not printing.quiet, out):
+        loaded = load(model, **vars(loading), stream=streaming)
     prompts = None
     if budget:
         out.detail(f"prompts read before: up to {human_bytes(budget)} in {settings.cache_dir() / 'prompts'}")
@@ -94,6 +73,8 @@ def chat(
     asked = prompt_notes(loaded.tokenizer, think=not no_think) + packing_notes(loaded.model, kv)
     for message in [*loaded.notes, *(note.message for note in asked)]:
         out.say(message)
+    if streaming is None:
+        options.say_if_tight(out, loaded.size_bytes)
     commands = Commands(conversation, model)
     if interactive:
         _talk(conversation, commands, out, stats)
@@ -102,7 +83,7 @@ def chat(
     conversation.store()
     for note in conversation.notes():
         out.say(note.message)
-    if json:
+    if printing.json:
         answers = [
             dataclasses.asdict(answer)
             | {name: getattr(answer, name) for name in ("prefill_tokens_per_second", "decode_tokens_per_second")}

@@ -34,18 +34,22 @@ def doctor(
             help="Run every kernel on all codes and types, minutes long, and write a JSON report for others to read.",
         ),
     ] = None,
+    profile: options.Profile = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Check this machine; exit with 1 if something is broken."""
+    """Check this machine, and show every setting and where it comes from; exit with 1 if something is broken."""
     out = Output(json=json, quiet=quiet)
     if certify is not None and (certify.is_dir() or not certify.absolute().parent.is_dir()):
         raise UsageError(f"{certify} is no file that can be written", "name a file in a folder that exists")
 
-    from tq.engine.machine.doctor import examine
+    from tq.engine.machine.doctor import examine, setting_rows
+    from tq.engine.machine.settings import resolve
 
-    findings = list(examine())
-    document: dict[str, Any] = {"findings": [dataclasses.asdict(finding) for finding in findings]}
+    chosen = resolve({"profile": profile})
+    findings = list(examine(chosen))
+    rows = setting_rows(chosen)
+    document: dict[str, Any] = {"findings": [dataclasses.asdict(finding) for finding in findings], "settings": rows}
     text = render(
         [{"": mark(finding.ok, finding.fix), "name": finding.name, "found": finding.fact} for finding in findings],
         "table",
@@ -53,6 +57,9 @@ def doctor(
     fixes = [f"{finding.name}: {finding.fix}" for finding in findings if finding.fix]
     if fixes:
         text += "\n\n" + "\n".join(fixes)
+    text += "\n\n" + render(
+        [{"setting": row["name"], "value": row["value"], "from": row["where"]} for row in rows], "table"
+    )
     healthy = all(finding.ok for finding in findings)
     if (kernels or certify) and healthy:
         from tq.engine.ops.selftest import check_kernels

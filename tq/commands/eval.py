@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tq.commands import options
+from tq.commands import groups, options
 from tq.output import Output, facts
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ EPILOG = options.examples(
 )
 
 
+@groups.flat
 def eval(
     *,
     model: options.Model,
@@ -31,23 +32,17 @@ def eval(
     samples: Annotated[
         int | None, typer.Option("--samples", metavar="N", help="Use only the first N windows of the text.")
     ] = None,
-    kv_bits: options.KVBits = None,
-    kv_k_bits: options.KVKeyBits = None,
-    kv_v_bits: options.KVValueBits = None,
-    kv_sink: options.KVSink = None,
-    kv_group_size: options.KVGroupSize = None,
-    kv_codec: options.KVCodec = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
+    packing: groups.Packing,
+    profile: options.Profile = None,
+    loading: groups.Loading,
+    printing: groups.Printing,
 ) -> None:
     """Measure how well a model predicts a text.
 
     Perplexities are comparable only for the same text, tokenizer and --seq-len.
     """
-    out = Output(json=json, quiet=quiet, verbose=verbose)
+    out = Output(**vars(printing))
+    configured = options.read_settings(out, profile=profile, **vars(packing))
 
     from tq.cpu import blas
 
@@ -57,11 +52,11 @@ def eval(
     from tq.engine.run.generate import packing_notes
 
     name, text = (str(data), read_text(data)) if data else default_text()
-    kv = options.kv_settings(kv_bits, kv_k_bits, kv_v_bits, kv_sink, kv_group_size, kv_codec)
-    loaded = load(model, revision=revision, trust_remote_code=trust_remote_code)
-    other = load(reference, trust_remote_code=trust_remote_code) if reference else None
-    packing = [note.message for note in packing_notes(loaded.model, kv)]
-    for note in dict.fromkeys(loaded.notes + (other.notes if other else []) + packing):
+    kv = configured.kv
+    loaded = load(model, **vars(loading))
+    other = load(reference, trust_remote_code=loading.trust_remote_code) if reference else None
+    packed = [note.message for note in packing_notes(loaded.model, kv)]
+    for note in dict.fromkeys(loaded.notes + (other.notes if other else []) + packed):
         out.say(note)
     events = evaluate(loaded, text, seq_len=seq_len, samples=samples, reference=other, kv=kv, data=name)
     (result,) = [event for event in out.follow(events, "Evaluating") if isinstance(event, EvalResult)]

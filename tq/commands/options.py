@@ -1,11 +1,14 @@
 """Options that several commands share, each declared once."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tq.output import Output
+
 if TYPE_CHECKING:
-    from tq.engine.cache.settings import KVSettings
+    from tq.engine.machine.settings import Settings
+    from tq.engine.stream.settings import StreamSettings
 
 Model = Annotated[
     str,
@@ -21,18 +24,32 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but results, warnings and errors.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also say why each choice was made.")]
 
-# The packed key-value cache. None means: what --kv-bits says or its defaults; without any of them nothing is packed.
+# Options that tq.toml, profiles and TQ_* variables may set too: None means what these say. `read_settings` reads all.
+Profile = Annotated[
+    str | None,
+    typer.Option(
+        "--profile", metavar="NAME", help="Settings for a machine: auto, a name such as 16gb, a TOML file, or none."
+    ),
+]
+PrefillStep = Annotated[
+    int | None,
+    typer.Option("--prefill-step", metavar="N", help="Tokens of a prompt that are read at once.  [default: 2048]"),
+]
+# The packed key-value cache: without any of these options, nothing is packed.
 KVBits = Annotated[
     str | None,
     typer.Option(
         "--kv-bits",
         metavar="K,V",
-        help="Pack keys, values to so many bits: 8,3; 4: both. Or k8v3, k8v4, k4v4, paper-2.5, paper-3.5, polar.",
+        help="Pack keys, values to so many bits: 8,3; 4: both; none. Or k8v3, k8v4, k4v4, paper-2.5, paper-3.5, polar.",
     ),
 ]
 KVKeyBits = Annotated[float | None, typer.Option("--kv-k-bits", metavar="N", help="Bits of keys.")]
 KVValueBits = Annotated[float | None, typer.Option("--kv-v-bits", metavar="N", help="Bits of values.")]
 KVSink = Annotated[int | None, typer.Option("--kv-sink", metavar="N", help="First tokens that are not packed.")]
+KVStart = Annotated[
+    int | None, typer.Option("--kv-start", metavar="N", help="Pack once the context has so many tokens.  [default: 0]")
+]
 KVGroupSize = Annotated[
     int | None, typer.Option("--kv-group-size", metavar="N", help="Numbers that share a scale; 0: a head's vector.")
 ]
@@ -40,6 +57,31 @@ KVCodec = Annotated[
     str | None,
     typer.Option("--kv-codec", metavar="K,V", help="lloyd-max, affine, polar, or qjl,lloyd-max: of keys, of values."),
 ]
+
+# Experts that stay on the disk.
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget", metavar="SIZE", help="Memory for experts, such as 4GB; auto: most of what is free.  [default: auto]"
+    ),
+]
+Stream = Annotated[
+    str | None,
+    typer.Option(
+        "--stream",
+        metavar="SIZE",
+        help="Leave experts on the disk, as tq stream does, with so much memory for them: 4GB, or auto.",
+    ),
+]
+
+# What is asked, and how the answer is shown.
+Prompt = Annotated[
+    str | None,
+    typer.Argument(metavar="PROMPT", show_default=False, help="The question; - or none reads it from stdin."),
+]
+PromptOption = Annotated[str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The same as PROMPT.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Continue the text; no chat template.")]
+Stats = Annotated[bool, typer.Option("--stats", help="Say how fast it was and what memory it took.")]
 
 # Sampling. None means: what the model's generation_config.json says, else greedy. Ranges are checked by the engine.
 MaxTokens = Annotated[
@@ -78,18 +120,49 @@ PromptCache = Annotated[
 ]
 
 
-def kv_settings(
-    bits: str | None,
-    key_bits: float | None,
-    value_bits: float | None,
-    sink: int | None,
-    group_size: int | None,
-    codec: str | None,
-) -> "KVSettings | None":
-    """What the options above say together; None if there is none of them."""
-    from tq.engine.cache.settings import KVSettings
+def read_settings(out: Output, memory_bytes: int | None = None, **flags: Any) -> "Settings":
+    """The settings of a run: these flags by the names of their parameters, then all weaker sources.
 
-    return KVSettings.from_options(bits, key_bits, value_bits, sink, group_size, codec)
+    Says what a profile counts on and this machine does not have, and with --verbose what is not as usual and why.
+
+    Args:
+        memory_bytes: Of the machine that it is about, if that is not this one.
+
+    Raises:
+        UsageError: There are mistakes in flags, variables or files.
+    """
+    from tq.engine.machine.limits import shortfalls
+    from tq.engine.machine.settings import SETTINGS, resolve
+
+    names = {setting.flag.strip("-").replace("-", "_"): setting.name for setting in SETTINGS if setting.flag}
+    found = resolve({names[parameter]: value for parameter, value in flags.items()}, memory_bytes=memory_bytes)
+    found.check()
+    if found.profile_reason:
+        out.detail(f"profile: {found.profile_reason}")
+    for name, value in found.found.items():
+        if value.source != "default":
+            out.detail(f"{name}: {value.value} ({value.where})")
+    machine = found.profile.values.machine if found.profile and memory_bytes is None else None
+    for short in shortfalls(machine) if machine else []:
+        out.say(f"{short.fact}: {short.fix}")
+    return found
+
+
+def stream_settings(configured: "Settings", max_active_experts: int | None = None) -> "StreamSettings":
+    """How experts are streamed, of a run that streams them."""
+    from tq.engine.stream.settings import StreamSettings
+
+    chosen = {name: configured[f"stream.{name}"] for name in ("budget", "workers", "policy", "prefetch")}
+    return StreamSettings.from_options(**chosen, max_active_experts=max_active_experts)
+
+
+def say_if_tight(out: Output, weights_bytes: int) -> None:
+    """Says what to do about a model that is nearly as large as the memory that its GPU may use, or larger."""
+    from tq.engine.machine.limits import tight
+
+    short = tight(weights_bytes)
+    if short is not None:
+        out.say(f"{short.fact}: {short.fix}")
 
 
 def examples(*lines: str) -> str:

@@ -2,13 +2,16 @@
 
 import dataclasses
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from tq.commands import options
+from tq.commands import groups, options
 from tq.errors import TQError, UsageError
 from tq.output import Output, human_bytes
+
+if TYPE_CHECKING:
+    from tq.engine.cache.settings import KVSettings
+    from tq.engine.stream.settings import StreamSettings
 
 EPILOG = options.examples(
     'tq run -m SmolLM2-135M-Instruct-tq4 "What is gravity?"',
@@ -17,49 +20,66 @@ EPILOG = options.examples(
 )
 
 
+@groups.flat
 def run(
-    prompt: Annotated[
-        str | None,
-        typer.Argument(metavar="PROMPT", show_default=False, help="The question; - or none reads it from stdin."),
-    ] = None,
+    prompt: options.Prompt = None,
     *,
     model: options.Model,
-    prompt_option: Annotated[
-        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The same as PROMPT.")
-    ] = None,
+    prompt_option: options.PromptOption = None,
     system: options.System = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text; no chat template.")] = False,
+    raw: options.Raw = False,
     no_think: options.NoThink = False,
     max_tokens: options.MaxTokens = 512,
-    min_tokens: options.MinTokens = 0,
-    temp: options.Temp = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    repetition_context: options.RepetitionContext = 64,
+    sampling: groups.Sampling,
     seed: options.Seed = None,
-    stop: options.Stop = None,
-    kv_bits: options.KVBits = None,
-    kv_k_bits: options.KVKeyBits = None,
-    kv_v_bits: options.KVValueBits = None,
-    kv_sink: options.KVSink = None,
-    kv_group_size: options.KVGroupSize = None,
-    kv_codec: options.KVCodec = None,
-    stats: Annotated[bool, typer.Option("--stats", help="Say how fast it was and what memory it took.")] = False,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
+    caching: groups.Caching,
+    profile: options.Profile = None,
+    stats: options.Stats = False,
+    loading: groups.Loading,
+    printing: groups.Printing,
 ) -> None:
     """Answer one prompt.
 
     The answer goes to stdout as it is made. Text piped in is added below the prompt.
     """
-    out = Output(json=json, quiet=quiet, verbose=verbose)
-    question = _question(prompt, prompt_option)
+    out = Output(**vars(printing))
+    configured = options.read_settings(out, profile=profile, **vars(caching))
+    answer(
+        out,
+        model,
+        read_question(prompt, prompt_option),
+        {"max_tokens": max_tokens, **sampling.asked, "seed": seed, "prefill_step": configured.prefill_step},
+        configured.kv,
+        system=system,
+        raw=raw,
+        think=not no_think,
+        stats=stats,
+        loading=loading,
+    )
 
+
+def answer(
+    out: Output,
+    model: str,
+    question: str,
+    generating: dict[str, Any],
+    kv: "KVSettings | None",
+    *,
+    system: str | None,
+    raw: bool,
+    think: bool,
+    stats: bool,
+    loading: groups.Loading,
+    stream: "StreamSettings | None" = None,
+    trace: Path | None = None,
+) -> None:
+    """Load a model, let it answer and show that: what `tq run` and `tq stream` have in common.
+
+    Args:
+        generating: The fields of GenerateOptions.
+        stream: Leave the experts of the model on the disk.
+        trace: Where to write which of them ran.
+    """
     from tq.cpu import blas
 
     out.detail(f"BLAS: {blas.enable().reason}")
@@ -73,48 +93,53 @@ def run(
         prompt_notes,
     )
 
-    chosen = GenerateOptions(
-        max_tokens=max_tokens,
-        min_tokens=min_tokens,
-        temp=temp,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        repetition_context=repetition_context,
-        seed=seed,
-        stop=tuple(stop or ()),
-    )
-    kv = options.kv_settings(kv_bits, kv_k_bits, kv_v_bits, kv_sink, kv_group_size, kv_codec)
-    loaded = load(model, revision=revision, trust_remote_code=trust_remote_code)
-    asked = prompt_notes(loaded.tokenizer, raw=raw, think=not no_think) + packing_notes(loaded.model, kv)
+    chosen = GenerateOptions(**generating)
+    loaded = load(model, **vars(loading), stream=stream)
+    asked = prompt_notes(loaded.tokenizer, raw=raw, think=think) + packing_notes(loaded.model, kv)
     for message in [*loaded.notes, *(note.message for note in asked)]:
         out.say(message)
-    tokens = encode_prompt(loaded.tokenizer, question, system=system, raw=raw, think=not no_think)
+    if stream is None:
+        options.say_if_tight(out, loaded.size_bytes)
+    tokens = encode_prompt(loaded.tokenizer, question, system=system, raw=raw, think=think)
+    recorder = loaded.pager.record() if loaded.pager and trace else None
 
-    answer = ""
+    text = ""
     try:
         for event in generate(loaded, tokens, chosen, kv):
             if isinstance(event, Finished):
                 finished = event
                 continue
-            answer += event.text
-            if not json:
+            text += event.text
+            if not out.json:
                 out.stream(event.text)
     finally:
-        if not json and not answer.endswith("\n"):
+        if not out.json and not text.endswith("\n"):
             out.stream("\n")
-    if json:
-        out.result({"model": model, "text": answer, **dataclasses.asdict(finished)}, "")
+    report = loaded.pager.report() if loaded.pager else None
+    if recorder is not None and trace is not None:
+        recorder.trace().save(trace)
+    if out.json:
+        document = {"model": model, "text": text, **dataclasses.asdict(finished)}
+        out.result(document if report is None else {**document, "stream": dataclasses.asdict(report)}, "")
     if stats:
         out.say(
             f"prompt {finished.prompt_tokens} tokens at {finished.prefill_tokens_per_second:.1f}/s, "
             f"answer {finished.tokens} tokens at {finished.decode_tokens_per_second:.1f}/s, "
             f"peak memory {human_bytes(finished.peak_memory_bytes)}"
         )
+        if report is not None:
+            out.say(
+                f"experts in {human_bytes(report.budget_bytes)}: {report.hit_rate:.1%} of those wanted were there, "
+                f"{human_bytes(int(report.read_bytes_per_token))} read for a token at {report.read_gb_s:.1f} GB/s, "
+                f"{human_bytes(report.prompt_read_bytes)} for the prompt"
+            )
+            if report.early:
+                right = f"{report.early_used / report.early:.0%}"
+                pays = {None: "", True: ": faster here", False: ": not faster here"}[report.early_pays]
+                out.say(f"{report.early} experts were guessed, {right} rightly{pays}")
 
 
-def _question(argument: str | None, option: str | None) -> str:
+def read_question(argument: str | None, option: str | None) -> str:
     """The prompt given, with what is piped in below it."""
     if argument is not None and option is not None:
         raise UsageError("the prompt is given twice, as an argument and with --prompt: use one of them")

@@ -1,5 +1,6 @@
 """Doctor's checks: what tq finds on this machine, whether it will work, and what to do where it will not."""
 
+import difflib
 import os
 import platform
 import sys
@@ -7,10 +8,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from tq import settings
 from tq.cpu import blas, library
 from tq.engine.machine.facts import free_disk_bytes, this_machine
+from tq.engine.machine.limits import shortfalls
+from tq.engine.machine.profiles import load_profile
+from tq.engine.machine.settings import SETTINGS, Settings
 from tq.errors import TQError
 
 MLX_LM = ((0, 32), (0, 33))  # first version that works, first that does not, as in pyproject.toml
@@ -28,7 +33,7 @@ class Finding:
     fix: str | None = None
 
 
-def examine() -> Iterator[Finding]:
+def examine(chosen: Settings) -> Iterator[Finding]:
     """All findings, in an order that puts causes before effects. None of them needs the network."""
     yield from _machine()
     for name, check in CHECKS.items():
@@ -36,6 +41,7 @@ def examine() -> Iterator[Finding]:
             yield check()
         except TQError as error:  # a setting that a check reads is wrong
             yield Finding(name, False, error.message, error.hint)
+    yield from _settings(chosen)
 
 
 def _machine() -> Iterator[Finding]:
@@ -147,9 +153,55 @@ def _hub() -> Finding:
     return Finding("hub", True, f"{network}, {token}, models in {constants.HF_HUB_CACHE}")
 
 
-def _settings() -> Finding:
-    chosen = [f"{name}={os.environ[name]}" for name in settings.ENVIRONMENT if name in os.environ]
-    return Finding("settings", True, ", ".join(chosen) or f"none of {', '.join(settings.ENVIRONMENT)} is set")
+def _settings(chosen: Settings) -> Iterator[Finding]:
+    """The files that settings are from, what is wrong with them, and what a profile counts on and is not there."""
+    variables = [name for name in sorted(os.environ) if name.startswith("TQ_")]
+    sources = [*variables, *map(str, chosen.files)]
+    known = [*settings.ENVIRONMENT, *(setting.variable for setting in SETTINGS)]
+    unknown = [name for name in variables if name not in known]
+    near = [difflib.get_close_matches(name, known, 1) for name in unknown]
+    fixes = [
+        f"{name} is no setting" + (f": did you mean {n[0]}?" if n else "")
+        for name, n in zip(unknown, near, strict=True)
+    ]
+    yield Finding("settings", True, ", ".join(sources) or "no TQ_* variable and no tq.toml", ", ".join(fixes) or None)
+    for mistake in chosen.mistakes:
+        yield Finding("settings", False, f"{mistake.where}: {mistake.message}", mistake.hint)
+    for use in (lambda: chosen.kv, lambda: chosen.recipe and load_profile(chosen.recipe)):
+        try:
+            use()
+        except TQError as error:
+            yield Finding("settings", False, error.message, error.hint)
+    if chosen.profile is None:
+        why = chosen.profile_reason or "none is asked for"
+        yield Finding("profile", True, why)
+        return
+    reason = f": {chosen.profile_reason}" if chosen.profile_reason else ""
+    machine = chosen.profile.values.machine
+    short = shortfalls(machine) if machine else []
+    fix = "; ".join(f"{one.fact}: {one.fix}" for one in short)
+    yield Finding("profile", True, f"{chosen.profile.path}{reason}", fix or None)
+
+
+def setting_rows(chosen: Settings) -> list[dict[str, Any]]:
+    """Every setting: its name, its value, the kind of its source ("flag", "variable", ...), and where that is."""
+    rows = [
+        {"name": name, "value": found.value, "source": found.source, "where": found.where}
+        for name, found in chosen.found.items()
+    ]
+    for name in settings.ENVIRONMENT:
+        value = os.environ.get(name)
+        if value and name in settings.SECRET:
+            value = "(not shown)"
+        rows.append(
+            {
+                "name": name,
+                "value": value,
+                "source": "variable" if value else "default",
+                "where": name if value else "default",
+            }
+        )
+    return rows
 
 
 # BLAS before anything that imports mlx: afterwards it is too late to load it.
@@ -162,5 +214,4 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "kernels": _kernels,
     "backends": _backends,
     "hub": _hub,
-    "settings": _settings,
 }
