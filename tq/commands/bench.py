@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import tq
-from tq.commands import bench_cache, options, plots
+from tq.commands import bench_cache, groups, options, plots
 from tq.errors import UsageError
 from tq.output import Output, human_bytes, human_count, human_seconds, render
 
@@ -27,7 +27,6 @@ EPILOG = options.examples(
 CONTEXTS, SWEEP_CONTEXTS = "0", "512,2048"
 SAMPLES = 4
 SWEEP_KV = "none,k8v4,k8v3,k4v4"
-PACKING = ("kv_bits", "kv_k_bits", "kv_v_bits", "kv_sink", "kv_group_size", "kv_codec", "kv_start")
 LOAD_PERCENT = 10  # of the processors in the hands of others, from which on it is said
 MEGABYTES = 1e-6
 PLOTTED = {
@@ -51,6 +50,7 @@ class Format(StrEnum):
     MARKDOWN = "markdown"
 
 
+@groups.flat
 def bench(
     asked: typer.Context,
     *,
@@ -92,31 +92,20 @@ def bench(
     memory_gb_s: Annotated[
         float | None, typer.Option("--memory-gb-s", metavar="X", help="Of --sweep cache; without it, measured here.")
     ] = None,
-    kv_bits: options.KVBits = None,
-    kv_k_bits: options.KVKeyBits = None,
-    kv_v_bits: options.KVValueBits = None,
-    kv_sink: options.KVSink = None,
-    kv_group_size: options.KVGroupSize = None,
-    kv_codec: options.KVCodec = None,
-    kv_start: options.KVStart = None,
-    prefill_step: options.PrefillStep = None,
+    caching: groups.Caching,
     profile: options.Profile = None,
     format: Annotated[Format | None, typer.Option("--format", help="How the result is printed.")] = None,
     plot: Annotated[
         str | None, typer.Option("--plot", metavar="FILE", help="Also draw it: a .png, .svg or .pdf, or - for here.")
     ] = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
+    loading: groups.Loading,
+    printing: groups.Printing,
 ) -> None:
     """Measure how fast models are on this machine.
 
     Models, or settings of a sweep, take turns in every round; ratios are medians of ratios within a round. Ctrl-C
     prints what is known by then.
     """
-    packing = (kv_bits, kv_k_bits, kv_v_bits, kv_sink, kv_group_size, kv_codec, kv_start)
     if sweep is Sweep.CACHE:
         bench_cache.refuse_others(asked)
     else:
@@ -127,23 +116,22 @@ def bench(
             {"--kv": kv, "--text": text, "--samples": samples}, "is for --sweep kv", "--kv-bits packs without a sweep"
         )
     elif sweep is Sweep.KV:
-        names = (f"--{name.replace('_', '-')}" for name in PACKING)
         hint = "for example --kv none,k8v4,k4v4/affine"
-        _refuse(dict(zip(names, packing, strict=True)), "is not for --sweep kv, which takes --kv", hint)
+        packing = {f"--{n.replace('_', '-')}": v for n, v in vars(caching).items() if n.startswith("kv_")}
+        _refuse(packing, "is not for --sweep kv, which takes --kv", hint)
         if len(model) > 1:
             raise UsageError(f"--sweep kv is for one model, not {len(model)}")
-    if json and format not in (None, Format.JSON):
+    if printing.json and format not in (None, Format.JSON):
         raise UsageError(f"--json and --format {format} are two forms of one result: use one of them")
-    style = Format.JSON if json else format or Format.TABLE
-    out = Output(json=style == Format.JSON, quiet=quiet, verbose=verbose)
+    style = Format.JSON if printing.json else format or Format.TABLE
+    out = Output(json=style == Format.JSON, quiet=printing.quiet, verbose=printing.verbose)
     if sweep is Sweep.CACHE:
         read = (text, trace, context, disk_gb_s, memory_gb_s)
-        return bench_cache.sweep_cache(out, style, model, *read, revision, trust_remote_code)
+        return bench_cache.sweep_cache(out, style, model, *read, loading)
     if plot == plots.TERMINAL and style != Format.TABLE:
         raise UsageError(f"--plot - goes with --format table, not with {style}", "--plot FILE.png goes with all")
     contexts = _numbers(context or (SWEEP_CONTEXTS if sweep else CONTEXTS))
-    flags: dict[str, Any] = dict(zip(PACKING, packing, strict=True))
-    configured = options.read_settings(out, profile=profile, prefill_step=prefill_step, **flags)
+    configured = options.read_settings(out, profile=profile, **vars(caching))
     if plot is not None:
         plots.check(plot)
 
@@ -167,8 +155,9 @@ def bench(
     else:
         one = configured.kv
         settings = [(PLAIN if one is None else one.label(), one)]
-    how = {"revision": revision, "trust_remote_code": trust_remote_code}
-    contenders = [e for e in out.follow(load_contenders(model, settings, **how), "Loading") if isinstance(e, Contender)]
+    contenders = [
+        e for e in out.follow(load_contenders(model, settings, **vars(loading)), "Loading") if isinstance(e, Contender)
+    ]
     check_context(contenders, chosen)
 
     if sweep:

@@ -5,6 +5,7 @@ from typing import Any
 
 import typer
 
+from tq.commands import groups
 from tq.errors import TQError, UsageError
 from tq.output import Output, human_bytes, render
 
@@ -35,8 +36,7 @@ def sweep_cache(
     context: str | None,
     disk_gb_s: float | None,
     memory_gb_s: float | None,
-    revision: str | None,
-    trust_remote_code: bool,
+    loading: groups.Loading,
 ) -> None:
     """Record what a model's layers choose for a text, replay it, and print a table.
 
@@ -65,7 +65,7 @@ def sweep_cache(
 
     recorded = Trace.load(trace) if trace else None
     name, words = (str(trace or text), read_text(text) if text else "") if trace or text else default_text()
-    loaded = load(model[0], revision=revision, trust_remote_code=trust_remote_code, stream=StreamSettings())
+    loaded = load(model[0], **vars(loading), stream=StreamSettings())
     pager = loaded.pager
     assert pager is not None
     for note in loaded.notes:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tq.commands import options
+from tq.commands import groups, options
 from tq.output import Output, facts, human_bytes, human_seconds
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ EPILOG = options.examples(
 )
 
 
+@groups.flat
 def calibrate(
     *,
     model: options.Model,
@@ -35,17 +36,14 @@ def calibrate(
     restart: Annotated[
         bool, typer.Option("--restart", help="Throw away what an interrupted run left, and start over.")
     ] = False,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
+    loading: groups.Loading,
+    printing: groups.Printing,
 ) -> None:
     """Measure what the matrices of a model read.
 
     Only for several conversions of one model: tq convert --calibrate does both at once, better, and keeps no files.
     """
-    say = Output(json=json, quiet=quiet, verbose=verbose)
+    say = Output(**vars(printing))
 
     from tq.cpu import blas
 
@@ -58,9 +56,11 @@ def calibrate(
     from tq.engine.run.calibrate.estimate import estimate
     from tq.engine.run.calibrate.text import sample_windows
 
-    source = open_source(model, revision=revision, trust_remote_code=trust_remote_code)
-    plan = make_plan(source, Recipe(), trust_remote_code=trust_remote_code)
-    windows, sample = sample_windows(source, text, tokens=tokens, seq_len=seq_len, trust_remote_code=trust_remote_code)
+    source = open_source(model, **vars(loading))
+    plan = make_plan(source, Recipe(), trust_remote_code=loading.trust_remote_code)
+    windows, sample = sample_windows(
+        source, text, tokens=tokens, seq_len=seq_len, trust_remote_code=loading.trust_remote_code
+    )
     needed = estimate(plan, sample.tokens, sample.seq_len, encodes=False)
     size, free = collected_bytes(plan), free_disk_bytes(out)
     document = {"model": model, "out": str(out), "free_disk_bytes": free, "size_bytes_at_most": size}
@@ -70,7 +70,7 @@ def calibrate(
         say.result(document, facts({**shown, "free disk": human_bytes(free)}))
         return
     say.say(facts({**shown, "free disk": human_bytes(free)}))
-    work = collect(plan, windows, sample, out, restart=restart, trust_remote_code=trust_remote_code)
+    work = collect(plan, windows, sample, out, restart=restart, trust_remote_code=loading.trust_remote_code)
     try:
         (done,) = say.follow(work, "Calibrating")
     except KeyboardInterrupt:

@@ -3,11 +3,11 @@
 import dataclasses
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tq.commands import options
+from tq.commands import groups, options
 from tq.commands.calibrate import conversion_encoder
 from tq.errors import UsageError
 from tq.output import Output, facts, human_bytes, human_count, human_seconds, render
@@ -22,10 +22,7 @@ EPILOG = options.examples(
 )
 
 
-def bits_for(flag: str, what: str) -> Any:
-    return typer.Option(flag, metavar="BITS", help=f"Bits for {what}.")
-
-
+@groups.flat
 def convert(
     *,
     model: Annotated[
@@ -38,33 +35,7 @@ def convert(
         Path | None,
         typer.Option("--out", "-o", metavar="FOLDER", help="Where to write; by default a name made of model and bits."),
     ] = None,
-    bits: Annotated[
-        str | None,
-        typer.Option("--bits", "-b", metavar="BITS", help="1 to 8, ternary, or none; 4 if nothing else says so."),
-    ] = None,
-    group_size: Annotated[
-        str | None, typer.Option("--group-size", metavar="N", help="Weights per scale: 32, 64, 128 or row.")
-    ] = None,
-    codec: Annotated[
-        str | None, typer.Option("--codec", metavar="NAME", help="lloyd-max, ternary, affine or none.")
-    ] = None,
-    rotation: Annotated[str | None, typer.Option("--rotation", metavar="NAME", help="hadamard or none.")] = None,
-    attention_bits: Annotated[str | None, bits_for("--attention-bits", "attention")] = None,
-    mlp_bits: Annotated[str | None, bits_for("--mlp-bits", "the feed-forward layers")] = None,
-    expert_bits: Annotated[str | None, bits_for("--expert-bits", "experts")] = None,
-    expert_down_bits: Annotated[str | None, bits_for("--expert-down-bits", "the last matrix of experts")] = None,
-    embedding_bits: Annotated[str | None, bits_for("--embedding-bits", "the token embedding")] = None,
-    head_bits: Annotated[str | None, bits_for("--head-bits", "the output head")] = None,
-    protect: Annotated[
-        str | None, typer.Option("--protect", metavar="LAYERS", help="Layers that get more bits, such as 0-1,30.")
-    ] = None,
-    protect_bits: Annotated[
-        int | None, typer.Option("--protect-bits", metavar="BITS", help="How many they get; 8 if not given.")
-    ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option("--recipe", metavar="FILE", help="A TOML file or the name of a profile; options go over it."),
-    ] = None,
+    weights: groups.Quantizing,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Let a text go through the model first: better, above all below 5 bits.")
     ] = False,
@@ -78,22 +49,14 @@ def convert(
     calibration: Annotated[
         Path | None, typer.Option("--calibration", metavar="FOLDER", help="Use what tq calibrate has measured.")
     ] = None,
-    dtype: Annotated[
-        Literal["float32", "float16", "bfloat16"] | None,
-        typer.Option("--dtype", help="Type of what stays unquantized; by default the source's, bfloat16 for float32."),
-    ] = None,
-    format: Annotated[
-        Literal["tq", "turboquant"], typer.Option("--format", help="turboquant: for the project of that name.")
-    ] = "tq",
+    dtype: options.Dtype = None,
+    format: options.CheckpointFormat = "tq",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, with exact sizes, and stop.")] = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Throw away what an interrupted run left, and start over.")
     ] = False,
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
+    loading: groups.Loading,
+    printing: groups.Printing,
     hf_path: Annotated[str | None, typer.Option("--hf-path", hidden=True)] = None,
     mlx_path: Annotated[Path | None, typer.Option("--mlx-path", hidden=True)] = None,
 ) -> None:
@@ -102,12 +65,12 @@ def convert(
     Needs the memory of one tensor and one output file, whatever the size of the model; with --calibrate also that of
     the text's activations. An interrupted conversion goes on where it stopped when the same command is given again.
     """
-    say = Output(json=json, quiet=quiet, verbose=verbose)
+    say = Output(**vars(printing))
     model = model or hf_path
     if model is None:
         raise UsageError("convert needs a model", hint="tq convert -m MODEL; tq convert --help lists the options")
-    recipe = options.read_settings(say, recipe=recipe).recipe
-    out = out or mlx_path or default_out(model, format, bits=bits, codec=codec, recipe=recipe)
+    recipe = options.read_settings(say, recipe=weights.recipe).recipe
+    out = out or mlx_path or default_out(model, format, bits=weights.bits, codec=weights.codec, recipe=recipe)
 
     from tq.cpu import blas
 
@@ -118,23 +81,9 @@ def convert(
     from tq.engine.model.recipe import Recipe
     from tq.engine.model.sources import open_source
 
-    chosen = Recipe.from_options(
-        recipe=recipe,
-        bits=bits,
-        group_size=group_size,
-        codec=codec,
-        rotation=rotation,
-        attention_bits=attention_bits,
-        mlp_bits=mlp_bits,
-        expert_bits=expert_bits,
-        expert_down_bits=expert_down_bits,
-        embedding_bits=embedding_bits,
-        head_bits=head_bits,
-        protect=protect,
-        protect_bits=protect_bits,
-    )
-    source = open_source(model, revision=revision, trust_remote_code=trust_remote_code)
-    plan = make_plan(source, chosen, dtype=dtype, format=format, trust_remote_code=trust_remote_code)
+    chosen = Recipe.from_options(**{**vars(weights), "recipe": recipe})
+    source = open_source(model, **vars(loading))
+    plan = make_plan(source, chosen, dtype=dtype, format=format, trust_remote_code=loading.trust_remote_code)
     free = free_disk_bytes(out)
     for note in plan.notes:
         say.say(note)
@@ -145,12 +94,12 @@ def convert(
         calibration=calibration,
         text=calibration_text,
         tokens=calibration_tokens,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=loading.trust_remote_code,
     )
     document = {"model": model, "out": str(out), "free_disk_bytes": free, **describe(plan), **more}
     shown = summary(model, out, plan, free, lines)
     if dry_run:
-        table = render(by_tensor(plan) if verbose else plan.by_role(), "table")
+        table = render(by_tensor(plan) if printing.verbose else plan.by_role(), "table")
         say.result(document, f"{table}\n\n{shown}")
         return
 

@@ -31,6 +31,25 @@ class Printing:
 
 
 @dataclass(frozen=True)
+class Quantizing:
+    """How weights are quantized. Fields are arguments of `Recipe.from_options`."""
+
+    bits: options.Bits = None
+    group_size: options.GroupSize = None
+    codec: options.Codec = None
+    rotation: options.Rotation = None
+    attention_bits: options.AttentionBits = None
+    mlp_bits: options.MlpBits = None
+    expert_bits: options.ExpertBits = None
+    expert_down_bits: options.ExpertDownBits = None
+    embedding_bits: options.EmbeddingBits = None
+    head_bits: options.HeadBits = None
+    protect: options.Protect = None
+    protect_bits: options.ProtectBits = None
+    recipe: options.Recipe = None
+
+
+@dataclass(frozen=True)
 class Packing:
     """How keys and values are packed. Fields are arguments of `options.read_settings`."""
 

@@ -1,6 +1,6 @@
 """Options that several commands share, each declared once."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -56,6 +56,45 @@ KVGroupSize = Annotated[
 KVCodec = Annotated[
     str | None,
     typer.Option("--kv-codec", metavar="K,V", help="lloyd-max, affine, polar, or qjl,lloyd-max: of keys, of values."),
+]
+
+
+# What tq convert makes of a model, and tq plan counts.
+def _bits_for(flag: str, what: str) -> Any:
+    return typer.Option(flag, metavar="BITS", help=f"Bits for {what}.")
+
+
+Bits = Annotated[
+    str | None,
+    typer.Option("--bits", "-b", metavar="BITS", help="1 to 8, ternary, or none; 4 if nothing else says so."),
+]
+GroupSize = Annotated[
+    str | None, typer.Option("--group-size", metavar="N", help="Weights per scale: 32, 64, 128 or row.")
+]
+Codec = Annotated[str | None, typer.Option("--codec", metavar="NAME", help="lloyd-max, ternary, affine or none.")]
+Rotation = Annotated[str | None, typer.Option("--rotation", metavar="NAME", help="hadamard or none.")]
+AttentionBits = Annotated[str | None, _bits_for("--attention-bits", "attention")]
+MlpBits = Annotated[str | None, _bits_for("--mlp-bits", "the feed-forward layers")]
+ExpertBits = Annotated[str | None, _bits_for("--expert-bits", "experts")]
+ExpertDownBits = Annotated[str | None, _bits_for("--expert-down-bits", "the last matrix of experts")]
+EmbeddingBits = Annotated[str | None, _bits_for("--embedding-bits", "the token embedding")]
+HeadBits = Annotated[str | None, _bits_for("--head-bits", "the output head")]
+Protect = Annotated[
+    str | None, typer.Option("--protect", metavar="LAYERS", help="Layers that get more bits, such as 0-1,30.")
+]
+ProtectBits = Annotated[
+    int | None, typer.Option("--protect-bits", metavar="BITS", help="How many they get; 8 if not given.")
+]
+Recipe = Annotated[
+    str | None,
+    typer.Option("--recipe", metavar="FILE", help="A TOML file or the name of a profile; options go over it."),
+]
+Dtype = Annotated[
+    Literal["float32", "float16", "bfloat16"] | None,
+    typer.Option("--dtype", help="Type of what stays unquantized; by default the source's, bfloat16 for float32."),
+]
+CheckpointFormat = Annotated[
+    Literal["tq", "turboquant"], typer.Option("--format", help="turboquant: for the project of that name.")
 ]
 
 # Experts that stay on the disk.

@@ -1,12 +1,11 @@
 """`tq plan`: will a model fit, how fast can it be at best, and what to do if not. Reads headers, never weights."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tq.commands import groups, options
-from tq.commands.convert import bits_for
 from tq.errors import UsageError
 from tq.output import Output, facts, human_bytes, human_count, render
 
@@ -42,37 +41,9 @@ def plan(
         str | None,
         typer.Option("--reserve", metavar="SIZE", help="Memory for the system and other programs.  [default: 2.5GB]"),
     ] = None,
-    bits: Annotated[str | None, bits_for("--bits", "weights, as in tq convert; 4 if nothing says so")] = None,
-    group_size: Annotated[
-        str | None, typer.Option("--group-size", metavar="N", help="Weights per scale: 32, 64, 128 or row.")
-    ] = None,
-    codec: Annotated[
-        str | None, typer.Option("--codec", metavar="NAME", help="lloyd-max, ternary, affine or none.")
-    ] = None,
-    rotation: Annotated[str | None, typer.Option("--rotation", metavar="NAME", help="hadamard or none.")] = None,
-    attention_bits: Annotated[str | None, bits_for("--attention-bits", "attention")] = None,
-    mlp_bits: Annotated[str | None, bits_for("--mlp-bits", "the feed-forward layers")] = None,
-    expert_bits: Annotated[str | None, bits_for("--expert-bits", "experts")] = None,
-    expert_down_bits: Annotated[str | None, bits_for("--expert-down-bits", "the last matrix of experts")] = None,
-    embedding_bits: Annotated[str | None, bits_for("--embedding-bits", "the token embedding")] = None,
-    head_bits: Annotated[str | None, bits_for("--head-bits", "the output head")] = None,
-    protect: Annotated[
-        str | None, typer.Option("--protect", metavar="LAYERS", help="Layers that get more bits, such as 0-1,30.")
-    ] = None,
-    protect_bits: Annotated[
-        int | None, typer.Option("--protect-bits", metavar="BITS", help="How many they get; 8 if not given.")
-    ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option("--recipe", metavar="FILE", help="A TOML file or the name of a profile; options go over it."),
-    ] = None,
-    dtype: Annotated[
-        Literal["float32", "float16", "bfloat16"] | None,
-        typer.Option("--dtype", help="Type of what stays unquantized; by default the source's, bfloat16 for float32."),
-    ] = None,
-    format: Annotated[
-        Literal["tq", "turboquant"], typer.Option("--format", help="turboquant: for the project of that name.")
-    ] = "tq",
+    weights: groups.Quantizing,
+    dtype: options.Dtype = None,
+    format: options.CheckpointFormat = "tq",
     caching: groups.Caching,
     profile: options.Profile = None,
     loading: groups.Loading,
@@ -98,25 +69,10 @@ def plan(
         out,
         None if target.name == machines.THIS else target.memory_bytes,
         profile=profile,
-        recipe=recipe,
+        recipe=weights.recipe,
         **vars(caching),
     )
-    given = {
-        "recipe": recipe,
-        "bits": bits,
-        "group_size": group_size,
-        "codec": codec,
-        "rotation": rotation,
-        "attention_bits": attention_bits,
-        "mlp_bits": mlp_bits,
-        "expert_bits": expert_bits,
-        "expert_down_bits": expert_down_bits,
-        "embedding_bits": embedding_bits,
-        "head_bits": head_bits,
-        "protect": protect,
-        "protect_bits": protect_bits,
-    }
-    asked = [value for value in (*given.values(), dtype) if value is not None]
+    asked = [value for value in (*vars(weights).values(), dtype) if value is not None]
     question = Question(
         model,
         Memory(
@@ -127,7 +83,7 @@ def plan(
         contexts,
         configured.kv,
         configured.prefill_step,
-        given | {"recipe": configured.recipe},  # of tq.toml, if nobody gives one
+        vars(weights) | {"recipe": configured.recipe},  # of tq.toml, if nobody gives one
         dtype,
         format,
         converts=bool(asked) or format != "tq",
