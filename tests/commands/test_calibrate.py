@@ -112,3 +112,9 @@ def test_a_killed_conversion_goes_on_and_gives_the_same_bytes(tq, program, check
     assert "resuming: 5 matrices are encoded" in resumed.err
     assert tq("convert", "-m", checkpoint, "-o", "whole", *ONE_PASS).code == 0
     assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("bits", "said"), [("3", True), ("ternary", True), ("4", False)])
+def test_few_bits_without_calibration_are_advised_against(tq, checkpoint, tmp_path, bits, said):
+    result = tq("convert", "-m", checkpoint, "-o", tmp_path / "out", "--bits", bits, "--dry-run")
+    assert (result.code, "--calibrate makes a much better model" in result.err) == (0, said)

@@ -190,7 +190,7 @@ def activation_dtype(stored: mx.Dtype) -> tuple[mx.Dtype, list[str]]:
     """The type in which a model of ``stored`` type runs here, and a note where that is another one."""
     if mx.default_device() == mx.Device(mx.cpu) and stored in HALF:
         name = str(stored).split(".")[-1]
-        return mx.float32, [f"no GPU: the model runs in float32 instead of {name}, which MLX's CPU backend runs slowly"]
+        return mx.float32, [f"no GPU: activations are float32 instead of {name}, which is slow on a CPU"]
     return stored, []
 
 
