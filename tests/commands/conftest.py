@@ -26,6 +26,7 @@ def tq(capfd, monkeypatch, tmp_path):
     from tq.cli import run_command
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TQ_REQUIRE_EMULATOR", raising=False)  # of the tests, and no setting of tq
 
     def call(*arguments, stdin: str = "") -> Result:
         monkeypatch.setattr("sys.stdin", io.StringIO(stdin))

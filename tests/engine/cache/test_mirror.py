@@ -76,6 +76,7 @@ def test_it_is_given_up_where_it_would_be_too_large(monkeypatch):
     cache = PackedKVCache(AFFINE)
     cache.update_and_fetch(vectors(300, 64), vectors(300, 48))
     assert cache.mirror is not None
+    assert sum(side.nbytes for side in cache.mirror) == mirror.LIMIT_BYTES  # though rows come in steps
     got = cache.update_and_fetch(vectors(1, 64), vectors(1, 48))
     assert cache.mirror is None
     assert got[0].shape[2] == 301

@@ -86,7 +86,7 @@ def test_tokens_are_packed_as_if_they_had_been_from_the_start(model_of):
 def test_memory_is_never_that_of_two_caches(monkeypatch):
     """At the moment of packing there are the unpacked layers, and of one layer both."""
     monkeypatch.setenv("TQ_BACKEND", "reference")
-    layers, tokens, dim = 12, 1024, 64
+    layers, tokens, dim = 24, 1024, 64
     caches = [KVCache() for _ in range(layers)]
     for cache in caches:
         cache.update_and_fetch(mx.ones((1, 1, tokens, dim)), mx.ones((1, 1, tokens, dim)))
@@ -100,7 +100,7 @@ def test_memory_is_never_that_of_two_caches(monkeypatch):
     before = mx.get_active_memory()
     context.grow_to(tokens)
     assert packed(context) == {"PackedKVCache"}
-    assert mx.get_peak_memory() - before < 3 * one
+    assert mx.get_peak_memory() - before < 5 * one  # all layers packed take 6, and the work on one 3
     assert mx.get_active_memory() - before < -0.5 * layers * one
 
 

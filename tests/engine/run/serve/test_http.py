@@ -158,6 +158,11 @@ def test_a_chunked_body():
         b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n",
         b"Transfer-Encoding: gzip\r\n",
         b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n",
+        b"Transfer-Encoding: chunked\r\n\r\n0x2\r\n",
+        b"Transfer-Encoding: chunked\r\n\r\n2;" + b"x" * 2000 + b"\r\n",
+        b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}more\r\n0\r\n",
+        b"Transfer-Encoding: chunked\r\nTransfer-Encoding: gzip\r\n",
+        b"Transfer-Encoding: \r\nContent-Length: 2\r\n",
     ],
 )
 def test_a_length_that_is_not_clear_is_refused_and_ends_the_connection(headers):
@@ -165,6 +170,31 @@ def test_a_length_that_is_not_clear_is_refused_and_ends_the_connection(headers):
         got = raw(server, b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n" + headers + b"\r\n{}")
         assert got.startswith(b"HTTP/1.1 400 ") and b"Connection: close" in got
         assert b"invalid_length" in got
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        b"Content-Length: 2\r\nno header\r\n",  # Python's parser takes the head to end before such a line
+        b"no header\r\nContent-Length: 2\r\n",
+        b"Transfer-Encoding : chunked\r\n",
+        b" Host: localhost\r\n",
+        b"Origin: http://localhost/\r\n Set-Cookie: x=y\r\n",  # a line that goes on
+    ],
+)
+def test_a_head_that_others_may_read_otherwise_is_refused_and_ends_the_connection(lines):
+    with serving() as server:
+        head = b"POST /v1/completions HTTP/1.1\r\n" + lines + b"Host: localhost\r\n\r\n"
+        got = raw(server, head + b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert got.startswith(b"HTTP/1.1 400 ") and got.count(b"HTTP/1.1 ") == 1
+        assert b"invalid_header" in got and b"Set-Cookie" not in got
+
+
+@pytest.mark.parametrize("expect", [b"", b"Expect: 100-continue\r\n"])
+def test_a_length_of_more_digits_than_numbers_have_here_is_too_large(expect):
+    with serving() as server:
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n" + expect + b"Content-Length: "
+        assert raw(server, head + b"9" * 6000 + b"\r\n\r\n").startswith(b"HTTP/1.1 413 ")
 
 
 @pytest.mark.parametrize("path", ["//[", "http://[/v1/models", "/%00%1b[2J", "*", "?"])
@@ -282,6 +312,17 @@ def test_a_client_that_goes_away_cancels_its_answer(monkeypatch, answer, body, p
             assert not server.scheduler.streams[0].cancelled
         eventually(lambda: server.scheduler.streams[0].cancelled)
         assert (server.record().status, server.record().completion_tokens) == (499, 3)
+
+
+@pytest.mark.parametrize("body", [CHAT, STREAM])
+def test_several_answers_that_nobody_waits_for_are_counted_at_once(monkeypatch, body):
+    monkeypatch.setattr(routes, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(routes, "SETTLE_SECONDS", 60)
+    with serving(endless) as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(post({**body, "n": 3}))
+            eventually(lambda: len(server.scheduler.streams) == 3)
+        assert (server.record().status, server.record().completion_tokens) == (499, 9)
 
 
 def test_a_client_that_reads_too_slowly_is_given_up(monkeypatch):

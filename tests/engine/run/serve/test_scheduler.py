@@ -3,6 +3,7 @@
 import itertools
 import math
 import threading
+from concurrent.futures import Future
 
 import mlx.core as mx
 import numpy as np
@@ -13,6 +14,7 @@ from small_models import BOS, EOS, VOCAB
 from tq.engine.cache.settings import KVSettings
 from tq.engine.run.generate import Token, generate, open_context
 from tq.engine.run.sampling import GenerateOptions
+from tq.engine.run.serve import scheduler as scheduler_module
 from tq.engine.run.serve import worker
 from tq.engine.run.serve.requests import Busy, Done, Piece, Reading, Request
 from tq.engine.run.serve.stream import Stream
@@ -119,6 +121,38 @@ def test_stop_strings_and_what_stopped(say, serve):
     assert (said, done.reason, done.stop_text) == ("one ", "stop", "END")
 
 
+@pytest.mark.parametrize("detokenizer", ["BPEStreamingDetokenizer", "NaiveStreamingDetokenizer"])
+def test_what_continues_a_text_is_what_the_model_wrote(say, serve, detokenizer):
+    from mlx_lm import tokenizer_utils
+    from small_models import byte_tokenizer
+
+    made = byte_tokenizer(detokenizer=getattr(tokenizer_utils, detokenizer))
+    made._think_start, made._think_end = "<think>", "</think>"
+    made._think_start_tokens, made._think_end_tokens = (300,), (301,)
+    answer = "  Paris <think> hm</think>\n\n yes <tool_call>{"
+    done = ended(serve(say(answer, prompt_length=4, tokenizer=made)).submit(text("abc", 100)))
+    assert done[0] == answer
+    last = {"role": "assistant", "content": "The capital is"}
+    length = len(made.apply_chat_template([user("a"), last], continue_final_message=True))
+    loaded = say(" Paris", prompt_length=length, tokenizer=made)
+    assert ended(serve(loaded).submit(chat("a", last, continue_last=True)))[0] == " Paris"
+
+
+def test_a_prompt_that_is_too_long_is_refused_without_a_word_on_stderr(llama, serve, caplog):
+    import logging
+
+    llama.tokenizer.model_max_length = 96
+    llama.tokenizer.deprecation_warnings.clear()
+    logger = logging.getLogger("transformers.tokenization_utils_base")
+    logger.addHandler(caplog.handler)
+    try:
+        with pytest.raises(UsageError, match="this model takes 1 to 95"):
+            serve(llama).submit(text("x" * 200))
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert caplog.text == ""
+
+
 def test_the_end_of_sequence_is_counted_and_not_shown(say, serve):
     said, tokens, done = ended(serve(say("Hi", prompt_length=4)).submit(text("abc")))
     assert (said, tokens) == ("Hi", [*b"Hi", EOS])
@@ -191,6 +225,20 @@ def test_closing_ends_what_runs_and_refuses_more(model_of, serve):
     scheduler.close()  # twice is no mistake
 
 
+def test_ctrl_c_while_it_begins_ends_its_thread(llama, serve, monkeypatch):
+    class Interrupted(Future):
+        def result(self, timeout=None):
+            super().result(timeout)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(scheduler_module, "Future", Interrupted)
+    before = set(threading.enumerate())
+    tried = threading.Thread(target=pytest.raises, args=(KeyboardInterrupt, serve, llama), daemon=True)
+    tried.start()
+    tried.join(60)
+    assert not set(threading.enumerate()) - before
+
+
 # --- limits and failures ---
 
 
@@ -234,6 +282,19 @@ def test_a_failure_reaches_those_it_concerns_and_the_next_request_is_answered(mo
     assert scheduler.stats().failed == failing
     assert len(ended(scheduler.submit(text(PROMPTS[0], 12)))[1]) == 12
     assert scheduler.stats().running == 0
+
+
+def test_whoever_waits_is_told_even_if_a_context_cannot_be_kept(model_of, serve, monkeypatch):
+    scheduler = serve(model_of("qwen3"))
+
+    def fail(*_):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(scheduler._worker.prefixes, "add", fail)
+    stream = scheduler.submit(text("abc", 3))
+    assert stream.end(60).completion_tokens == 3
+    monkeypatch.undo()
+    assert ended(scheduler.submit(text("abc", 3)))[2].completion_tokens == 3
 
 
 def test_a_prompt_that_fails_leaves_the_others_alone(model_of, serve):
