@@ -11,7 +11,6 @@ memory that a long prompt takes at its peak. Without --rounds a run takes under 
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from tq.engine.cache.convert import convert_cache
 from tq.engine.cache.packed import PackedKVCache
 from tq.engine.cache.settings import KVSettings
 from tq.engine.model.load import load
+from tq.engine.run import memory
 from tq.engine.run.decode import PREFILL_STEP
 
 CONTEXTS = (512, 2048, 8192, 32768)
@@ -169,14 +169,16 @@ def read_prompt(folder: Path, kind: str, tokens: int) -> None:
     caches = caches if kind == PLAIN else convert_cache(caches, settings_of(kind), model)
     ids = mx.array(np.random.default_rng(0).integers(100, 20000, (1, tokens)))
     mx.eval(model(ids[:, :2], cache=make_prompt_cache(model)))
-    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    memory.settle()
+    memory.start_peak()
+    before, began = memory.held_bytes(), time.perf_counter()
     for first in range(0, tokens, PREFILL_STEP):
         model(ids[:, first : first + PREFILL_STEP], cache=caches)
         mx.eval([cache.state for cache in caches])
         mx.clear_cache()
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = {"tokens": tokens, "cache": kind, "cache_bytes": sum(c.nbytes for c in caches), "peak_bytes": after * 1024}
-    found |= {"more_than_before_bytes": (after - before) * 1024, "seconds": round(time.perf_counter() - began, 1)}
+    peak = memory.peak_bytes()
+    found = {"tokens": tokens, "cache": kind, "cache_bytes": sum(c.nbytes for c in caches), "peak_bytes": peak}
+    found |= {"more_than_before_bytes": peak - before, "seconds": round(time.perf_counter() - began, 1)}
     print(json.dumps(found))
 
 

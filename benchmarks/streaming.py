@@ -11,7 +11,6 @@ process of its own, and kinds of runs take turns.
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from common import write
 from cpu_engines import converted, other_load, work_folder
 
 from tq.engine.model.safetensors import read_folder_headers
+from tq.engine.run import memory
 
 NAME = "qwen3-moe-2b"
 LIVELY = 32.0  # times the embedding that cpu_models.py makes
@@ -83,7 +83,7 @@ def one_run(path: Path, how: dict | None) -> dict:
 
     how = dict(how) if how is not None else None
     cold = bool(how and how.pop("cold", False))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = memory.peak_bytes()
     if how is None:
         loaded = load(str(path))
     else:
@@ -107,7 +107,7 @@ def one_run(path: Path, how: dict | None) -> dict:
         "tokens_per_second": 1 / median(seconds),
         "mean_tokens_per_second": TOKENS / sum(seconds),
         "prefill_seconds": prefill,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": memory.peak_bytes(),
         "imports_bytes": before,
         "checkpoint_bytes": loaded.size_bytes,
     }
