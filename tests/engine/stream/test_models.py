@@ -1,6 +1,10 @@
 """Streamed models compute what resident ones do, bit for bit, with whatever fits, on every backend there is here."""
 
+import json
+import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -193,3 +197,39 @@ def test_a_disk_that_fails_is_an_error_in_a_sentence(converted, monkeypatch):
 def test_a_model_whose_experts_are_separate_matrices_is_refused(converted):
     with pytest.raises(TQError, match="no quantized experts that can stay on disk"):
         load_streamed(converted("dbrx"), StreamSettings())
+
+
+def test_an_automatic_budget_is_what_is_free_beside_the_rest_of_the_model(converted, monkeypatch):
+    """The rest is in memory when it is asked for, and is not subtracted again."""
+    folder = converted("mixtral")
+    one = slots_of_each(folder)
+    monkeypatch.setattr("tq.engine.model.streamed_load.SPARE_BYTES", 0)
+    memory = SimpleNamespace(available=int(5.2 * one / 0.9))
+    monkeypatch.setattr("tq.engine.model.streamed_load.psutil", SimpleNamespace(virtual_memory=lambda: memory))
+    assert load_streamed(folder, StreamSettings())[2].most(0) == 5
+
+
+def test_a_file_that_is_written_to_while_the_model_runs_is_an_error(converted, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(converted("mixtral"), folder)
+    model, _, pager = load_streamed(folder, StreamSettings(budget_bytes=slots_of_each(folder)))
+    logits(model)
+    for path in folder.glob("*.safetensors"):
+        os.utime(path, ns=(0, 1))
+    with pytest.raises(TQError, match="has changed since the model was loaded"):
+        logits(model)
+    pager.close()
+
+
+def test_shards_are_read_each_where_it_is(converted, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(converted("gpt_oss"), folder)
+    whole = folder / "model.safetensors"
+    tensors = sorted(mx.load(str(whole)).items())
+    names = [f"model-{n}-of-3.safetensors" for n in range(1, 4)]
+    for n, name in enumerate(names):
+        mx.save_safetensors(str(folder / name), dict(tensors[n::3]))  # matrices, scales and biases apart
+    whole.unlink()
+    placed = {tensor: names[i % 3] for i, (tensor, _) in enumerate(tensors)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+    agree(folder, slots=(2,))

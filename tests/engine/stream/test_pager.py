@@ -215,3 +215,59 @@ def test_an_interrupted_wait_leaves_nothing_half_read(setup, monkeypatch):
     threading.Timer(0.05, store.gate.set).start()
     pager.bring(0, array(2, 3))
     check(pager, 0, [2, 3])
+
+
+@pytest.mark.parametrize("submitted", [0, 1, 3])
+def test_an_interrupt_while_reads_are_being_asked_for_leaves_nothing_half_read(setup, monkeypatch, submitted):
+    make, check = setup
+    pager, store = make(4)
+    pager.bring(0, array(7, 8))
+    real, calls = pager._pool.submit, []
+
+    def submit(*task):
+        calls.append(task)
+        if len(calls) > submitted:
+            raise KeyboardInterrupt
+        return real(*task)
+
+    monkeypatch.setattr(pager._pool, "submit", submit)
+    store.gate.clear()
+    with pytest.raises(KeyboardInterrupt):
+        pager.bring(0, array(2, 5))
+    monkeypatch.setattr(pager._pool, "submit", real)
+    threading.Timer(0.05, store.gate.set).start()
+    pager.bring(1, array(4))
+    pager.bring(0, array(2, 5, 8))
+    check(pager, 0, [2, 5, 8])
+    check(pager, 1, [4])
+
+
+def test_a_guess_that_fails_does_not_matter_when_its_slot_is_needed(setup):
+    make, check = setup
+    pager, store = make(3)
+    store.broken = {7}
+    pager.bring(0, array(0))
+    pager.ahead(1, array(7), 0, array(0))
+    pager.bring(1, array(1, 2, 3))
+    check(pager, 1, [1, 2, 3])
+
+
+def test_closing_after_a_guess_that_failed_closes_the_files(setup):
+    make, _ = setup
+    pager, store = make(6)
+    store.broken = {7}
+    pager.bring(0, array(0))
+    pager.ahead(1, array(7), 0, array(0))
+    pager.close()
+    assert store._files == {}
+    with pytest.raises(RuntimeError):
+        pager._pool.submit(print)
+
+
+def test_one_read_is_no_longer_than_what_a_thread_should_keep(setup, monkeypatch):
+    make, check = setup
+    monkeypatch.setattr("tq.engine.stream.pager.RUN_BYTES", 2 * 32)
+    pager, store = make(9, workers=1)
+    pager.bring(0, array(0, 1, 2, 3, 4))
+    check(pager, 0, range(5))
+    assert {(first, n) for _, first, n in store.reads} == {(0, 2), (2, 2), (4, 1)}

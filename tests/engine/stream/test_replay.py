@@ -110,3 +110,18 @@ def test_a_recorder_keeps_tokens_that_went_through_all_layers():
 @pytest.mark.parametrize(("policy", "n_slots"), list(product((*POLICIES, OPTIMAL), [1, 2])))
 def test_fewer_slots_than_a_token_needs_are_no_failure(policy, n_slots):
     assert 0 <= replay(random_trace(n_tokens=20), policy, n_slots * 1000).hit_rate < 1
+
+
+def test_a_damaged_trace_is_an_error_in_a_sentence(tmp_path):
+    path = tmp_path / "trace.npz"
+    Trace((np.zeros((50, 2), np.uint16),) * 2, (4, 4), (10, 10)).save(path)
+    whole = path.read_bytes()
+    damaged = [whole[:cut] for cut in (0, 10, len(whole) // 2, len(whole) - 5)]
+    damaged.append(whole[:60] + bytes(b ^ 0xFF for b in whole[60:70]) + whole[70:])
+    for data in damaged:
+        path.write_bytes(data)
+        with pytest.raises(TQError, match="is no trace of experts"):
+            Trace.load(path)
+    Trace((np.full((5, 2), 4, np.uint16),), (4,), (10,)).save(path)
+    with pytest.raises(TQError, match="a layer chose what is no expert of it"):
+        Trace.load(path)

@@ -104,3 +104,48 @@ def test_a_closed_store_opens_its_files_again(stacked):
     store.read(piece, 0, [memoryview(bytearray(60))])
     store.close()
     assert store.read(piece, 0, [memoryview(bytearray(60))]) == 60
+
+
+def test_a_file_that_is_replaced_is_read_as_it_was(stacked):
+    piece, values = stacked
+    store = Store()
+    store.open(read_headers(piece.path)[0].values())
+    other = piece.path.with_name("other.safetensors")
+    mx.save_safetensors(str(other), {"e.weight": mx.zeros((7, 5, 3), mx.uint32)})
+    other.replace(piece.path)
+    row = np.zeros(60, np.uint8)
+    store.read(piece, 4, [memoryview(row)])
+    assert np.array_equal(row.view(np.uint32).reshape(5, 3), values[4])
+
+
+def test_a_file_that_was_replaced_before_it_was_opened_is_an_error(stacked):
+    piece, values = stacked
+    headers = read_headers(piece.path)[0]
+    mx.save_safetensors(str(piece.path), {"e.weight": mx.array(values), "z": mx.ones((2, 2))})
+    with pytest.raises(TQError, match="was replaced while the model was loaded"):
+        Store().open(headers.values())
+
+
+def test_a_file_that_was_written_to_is_an_error(stacked):
+    piece, _ = stacked
+    store = Store()
+    store.open(read_headers(piece.path)[0].values())
+    with piece.path.open("r+b") as file:
+        file.seek(piece.offset)
+        file.write(b"other bytes")
+    os.utime(piece.path, ns=(0, 1))  # clocks of file systems may be coarse
+    with pytest.raises(TQError, match="has changed since the model was loaded"):
+        store.read(piece, 0, [memoryview(bytearray(60))])
+
+
+def test_experts_behind_4_gb_are_found(tmp_path):
+    """In a file with a hole."""
+    path = tmp_path / "large.safetensors"
+    offset = (5 << 30) + 8
+    with path.open("wb") as file:
+        file.seek(offset + 3 * 60)
+        file.write(bytes(range(60)))
+    row = bytearray(60)
+    Store().read(Piece("weight", "U32", (5, 3), 60, path, offset), 3, [memoryview(row)])
+    assert row == bytes(range(60))
+    path.unlink()  # 5 GB for who copies it

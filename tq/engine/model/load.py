@@ -134,10 +134,12 @@ def _load_packed(
     del packed  # the modules alone hold the arrays, so that they can let go of them
     model.update_modules(tree_unflatten(list(replaced.items())))
     # Biases of packed matrices are in their modules already.
-    model.load_weights([(name, _cast(weights.pop(name), dtype)) for name in dense if name in weights], strict=False)
+    kept = [(name, _cast(weights.pop(name), dtype)) for name in dense if name in weights]
+    model.load_weights(kept, strict=False)
     notes += _prepare(replaced, dtype)
     pager = None
     if experts is not None and stream is not None:
+        mx.eval([array for _, array in kept])  # an automatic budget is what is free beside them
         resident = sum(header.size_bytes for header in source.headers.values()) - experts.size_bytes
         pager, more = experts.install(model, stream, dtype, rotations, resident)
         notes += more

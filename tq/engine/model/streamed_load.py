@@ -78,6 +78,7 @@ class Experts:
     ):
         self.shared: dict[str, dict[str, mx.array]] = {}
         self.layers: list[StoredLayer] = []
+        self._headers: list[TensorHeader] = []
         modules = dict(model.named_modules())
         for path in sorted((path for path in modules if _names(modules[path])), key=in_order):
             paths = {name: f"{path}.{name}" for name in _names(modules[path])}
@@ -88,6 +89,7 @@ class Experts:
             for name, matrix in paths.items():
                 self.shared[matrix] = {k: v for k, v in taken[name].arrays.items() if k in SHARED}
                 weights.pop(f"{matrix}.bias", None)
+                self._headers += [headers[f"{matrix}.{piece.name}"] for piece in stored[name].pieces]
             self.layers.append(StoredLayer(path, next(iter(taken.values())).shape[0], stored))
         if not self.layers:
             raise TQError("this model has no quantized experts that can stay on disk", "tq run runs it from memory")
@@ -104,20 +106,20 @@ class Experts:
 
         Args:
             rotations: By the identity of signs: those that other modules have already.
-            resident: Bytes of the rest of the model.
+            resident: Bytes of the rest of the model, which is in memory already.
 
         Returns:
             What brings them, and notes for a person.
 
         Raises:
-            TQError: The budget is too small.
+            TQError: The budget is too small, or the files have changed.
         """
         notes = proof.switch_off_wrong(self._metal_work(), dtype)
         if settings.max_active_experts is not None:
             n = settings.max_active_experts
             notes.append(f"at most {n} expert{'s' if n > 1 else ''} of a token run: answers are not those of the model")
         groups = self._groups(dtype)
-        budget = settings.budget_bytes if settings.budget_bytes is not None else _free_budget(resident)
+        budget = settings.budget_bytes if settings.budget_bytes is not None else _free_budget()
         least = sum(group.slot_bytes for group in groups)
         if budget < least:
             what = f"a budget of {budget / 1e6:.2f} MB holds no expert"
@@ -133,7 +135,9 @@ class Experts:
                 placed[layer.path] = layer, arena, index
         # What is in memory anyway needs no second copy in the system's cache.
         cached = psutil.virtual_memory().available > self.size_bytes
-        pager = Pager([placed[layer.path] for layer in self.layers], Store(cached), settings.workers, settings.prefetch)
+        store = Store(cached)
+        store.open(self._headers)
+        pager = Pager([placed[layer.path] for layer in self.layers], store, settings.workers, settings.prefetch)
         waiting: list[mx.array] = []
         for number, layer in enumerate(self.layers):
             module = self._module(model, number, layer, placed[layer.path][1], rotations, dtype, pager, waiting)
@@ -249,10 +253,11 @@ def _slots(matrix: StoredMatrix, dtype: mx.Dtype) -> Slots:
     return PreparedSlots(form)
 
 
-def _free_budget(resident: int) -> int:
-    """What an automatic budget is: the memory that is free beside the rest of the model, less a reserve."""
+def _free_budget() -> int:
+    """What an automatic budget is: the memory that is free now, when the rest of the model is there, less a reserve."""
     free = psutil.virtual_memory().available
     if mx.default_device() != mx.Device(mx.cpu):
         info = mx.device_info()
-        free = min(free, int(info.get("max_recommended_working_set_size", free)))
-    return int(free * (1 - SPARE_SHARE)) - SPARE_BYTES - resident
+        if most := int(info.get("max_recommended_working_set_size", 0)):
+            free = min(free, most - mx.get_active_memory())
+    return int(free * (1 - SPARE_SHARE)) - SPARE_BYTES

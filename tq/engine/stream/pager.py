@@ -19,6 +19,8 @@ from tq.engine.stream.store import Piece, Store
 from tq.engine.stream.trace import Recorder
 from tq.engine.stream.trial import Trial
 
+RUN_BYTES = 16 << 20  # of one piece in one read: longer ones are no faster, and a thread keeps as much to reorder codes
+
 
 @dataclass(frozen=True)
 class StoredMatrix:
@@ -53,11 +55,15 @@ class Arena:
     Args:
         slots: By the name of the matrix.
         n_layers, n_experts: That share them; experts of the layer with the most.
+
+    Attributes:
+        settled: False while slots change hands: after an interrupt there, nobody knows what is in them.
     """
 
     def __init__(self, slots: dict[str, Slots], n_layers: int, n_experts: int, n_slots: int, policy: Policy):
         self.slots = slots
         self.residency = Residency(n_layers, n_experts, n_slots, policy)
+        self.settled = True
         for each in slots.values():
             each.allocate(n_slots)
 
@@ -161,17 +167,18 @@ class Pager:
         """
         at = self.layers[layer]
         residency = at.arena.residency
+        self._settle(at.arena)
         start = time.perf_counter()
         missing = residency.missing(at.index, experts)
         keys = at.index * residency.n_experts + experts
+        wanted = set(keys.tolist())
         if len(missing) > residency.room_for(np.concatenate([keys, self._arriving(at.arena)])):
-            self._finish(lambda arrival: self.layers[arrival.layer].arena is at.arena)
+            self._finish(lambda arrival: self.layers[arrival.layer].arena is at.arena, wanted)
         if len(missing):
             arrived = self._read(layer, missing, np.concatenate([keys, self._arriving(at.arena)]))
             assert len(arrived) == len(missing), "more experts than slots"
         if self._arrivals:
-            wanted = set(keys.tolist())
-            self._finish(lambda other: other.layer == layer and bool(other.keys & wanted))
+            self._finish(lambda other: other.layer == layer and bool(other.keys & wanted), wanted)
             self.stats.waited_seconds += time.perf_counter() - start
 
     def ahead(self, layer: int, experts: np.ndarray, needed_layer: int, needed: np.ndarray) -> None:
@@ -182,6 +189,7 @@ class Pager:
         """
         at, now = self.layers[layer], self.layers[needed_layer]
         residency = at.arena.residency
+        self._settle(at.arena)
         missing = residency.missing(at.index, experts)
         if not len(missing):
             return
@@ -202,8 +210,8 @@ class Pager:
 
     def close(self) -> None:
         """End the threads and close the files."""
-        self._finish(lambda _: True)
-        self._pool.shutdown()
+        self._pool.shutdown(cancel_futures=True)
+        self._arrivals.clear()
         self.store.close()
 
     def clear_stats(self) -> None:
@@ -220,14 +228,24 @@ class Pager:
         keys = [key for each in self._arrivals if self.layers[each.layer].arena is arena for key in each.keys]
         return np.array(keys, np.int64)
 
-    def _finish(self, which: Callable[[_Arrival], bool]) -> None:
-        """Wait for arrivals. Those that fail are forgotten, and the first error is raised."""
+    def _settle(self, arena: Arena) -> None:
+        """If Ctrl-C came while slots changed hands: let all reads end, and forget what is there."""
+        if arena.settled:
+            return
+        self._pool.shutdown()  # knows also of a read that no arrival has been told of yet
+        self._pool = ThreadPoolExecutor(self.workers, "experts")
+        self._arrivals = [arrival for arrival in self._arrivals if self.layers[arrival.layer].arena is not arena]
+        arena.residency.clear()
+        arena.settled = True
+
+    def _finish(self, which: Callable[[_Arrival], bool], wanted: set[int]) -> None:
+        """Wait for arrivals of one arena. Those that fail are forgotten; the first error of a wanted one is raised."""
         failure: BaseException | None = None
         for arrival in [arrival for arrival in self._arrivals if which(arrival)]:
             errors = [error for future in arrival.futures if (error := future.exception()) is not None]
             self._arrivals.remove(arrival)  # not before it is complete: Ctrl-C may come while waiting
             if errors:
-                failure = failure or errors[0]
+                failure = failure or (errors[0] if arrival.keys & wanted else None)
                 at = self.layers[arrival.layer]
                 at.arena.residency.drop(at.index, arrival.experts)
         if failure is not None:
@@ -237,16 +255,19 @@ class Pager:
         """Give slots to experts, as many as have room, and begin to read these. Returns them."""
         at = self.layers[layer]
         residency = at.arena.residency
+        at.arena.settled = False
         slots = residency.place(at.index, experts, needed)
         experts = experts[: len(slots)]
         arrival = _Arrival(layer, experts, [], set((at.index * residency.n_experts + experts).tolist()))
         self._arrivals.append(arrival)
         # Neighbours are read at once, as far as all threads have something to do.
-        longest = -(-len(experts) // self.workers)
+        widest = max(piece.size_bytes for matrix in at.stored.matrices.values() for piece in matrix.pieces)
+        longest = min(-(-len(experts) // self.workers), max(RUN_BYTES // widest, 1))
         for first, end in _runs(experts, longest):
             for name, matrix in at.stored.matrices.items():
                 task = self._pool.submit(self._bring, at, matrix, name, int(experts[first]), slots[first:end])
                 arrival.futures.append(task)
+        at.arena.settled = True
         return experts
 
     def _bring(self, at: _Layer, matrix: StoredMatrix, name: str, first: int, slots: np.ndarray) -> None:

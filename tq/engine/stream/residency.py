@@ -122,6 +122,11 @@ class Residency:
         self.key_of[slots], self.slot_of[keys] = EMPTY, EMPTY
         self._n_free += len(slots)
 
+    def clear(self) -> None:
+        """Forget all that is in slots, but not how often it was used."""
+        self.slot_of[:], self.key_of[:] = EMPTY, EMPTY
+        self._n_free = self.n_slots
+
     def _least(self, n: int, needed: np.ndarray) -> np.ndarray:
         """The slots of the n keys that are worth least."""
         worth = self._priority[self.key_of] + self.policy.pass_weight * (self.key_of // self.n_experts > self._layer)

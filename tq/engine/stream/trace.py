@@ -1,5 +1,7 @@
 """Which experts each layer ran for each token: recorded while a model runs, replayed without it; a small file."""
 
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +64,10 @@ class Trace:
                     raise TQError(f"{path} is a trace of version {int(found['version'])}, and this tq reads {VERSION}")
                 n_experts, expert_bytes = (tuple(found[name].tolist()) for name in ("n_experts", "expert_bytes"))
                 chosen = tuple(found[f"layer_{i}"] for i in range(len(n_experts)))
-        except (OSError, ValueError, KeyError, EOFError) as error:
+            for layer, count in zip(chosen, n_experts, strict=True):
+                if layer.ndim != 2 or layer.dtype != np.uint16 or (layer.size and int(layer.max()) >= count):
+                    raise ValueError("a layer chose what is no expert of it")
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise TQError(f"{path} is no trace of experts ({error})") from error
         return cls(chosen, n_experts, expert_bytes)
 
