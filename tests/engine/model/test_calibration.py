@@ -1,6 +1,9 @@
 """The files of a calibration: what is written is read, in half the bytes, and what cannot be read says why."""
 
+import errno
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from tq.engine.model.calibration import (
     write_index,
     write_moments,
 )
+from tq.engine.quantize.feedback import DAMPING
 from tq.engine.quantize.moments import Moments
 from tq.errors import TQError
 
@@ -86,3 +90,45 @@ def test_a_file_that_was_cut_off_says_so(tmp_path):
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(TQError, match="cannot be read"):
         read_moments(path)
+
+
+def test_inputs_that_are_not_finite_are_refused_when_they_are_seen(tmp_path):
+    total = moments(9)
+    total[2, 3] = total[3, 2] = np.inf
+    with pytest.raises(TQError, match=r"a\.b: its inputs cannot be used: they are not finite"):
+        write_moments(tmp_path / "a.b.safetensors", Moments(total, 50))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_an_os_error_and_leaves_nothing_half_written(tmp_path):
+    """Of a process whose files must stay small, which is what MLX's writer sees of a full disk."""
+    script = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from tq.engine.model.calibration import write_moments
+from tq.engine.quantize.moments import Moments
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+try:
+    write_moments(Path(sys.argv[1]) / "a.safetensors", Moments(np.eye(200, dtype=np.float32), 5))
+except OSError as error:
+    print(error.errno, Path(error.filename).name)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(errno.ENOSPC), "a.safetensors"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("signs", ["alike", "alternating"])
+def test_channels_that_are_nearly_one_are_told_apart(signs, tmp_path):
+    """Rounding must stay below what damping adds, or the moments are not positive and the factor is of noise."""
+    n = 600
+    x = 1 + 0.1 * np.random.default_rng(0).standard_normal((4 * n, n))
+    x = (x * (np.resize([1, -1], n) if signs == "alternating" else 1)).astype(np.float32)
+    total = x.T @ x
+    write_moments(tmp_path / "a.safetensors", Moments(total, len(x)))
+    found = read_moments(tmp_path / "a.safetensors").total
+    scales = np.sqrt(np.diagonal(total).astype(np.float64))
+    worst = np.abs(np.linalg.eigvalsh((found - total) / np.outer(scales, scales))).max()
+    assert worst < 0.05 * DAMPING

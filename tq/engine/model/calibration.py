@@ -1,8 +1,9 @@
 """A calibration on disk: the second moments that the matrices of a model read, for conversions to any bits.
 
 A folder with calibration.json and one safetensors file per activation, as docs/calibration.md describes. Moments are
-held as correlations in float16, the triangle alone, and their scale per channel: an error of a correlation then is one
-part in 2000 of the weakest channel's own strength, far below what damping adds.
+held as correlations in float16, the triangle alone, and their scale per channel. What all channels have in common, the
+largest component, is apart in float32: next to correlations of .99, the rounding of which would be more than damping
+adds, what is left could no longer be told.
 """
 
 import json
@@ -25,6 +26,8 @@ from tq.errors import TQError
 NAME = "calibration.json"
 FORMAT = "tq calibration"
 VERSION = 1
+COMPACT = ("correlations", "common", "scales")
+POWER_STEPS = 8  # towards the largest component: how near it gets does not matter, as the rest is kept
 AGAIN = "calibrate again"
 
 
@@ -94,14 +97,22 @@ def read_index(folder: Path) -> Index:
 
 
 def write_moments(path: Path, moments: Moments) -> None:
-    """Write the file of one activation; it appears by rename when it is whole."""
-    arrays = dict(zip(("correlations", "scales"), _compact(moments.mean()), strict=True))
+    """Write the file of one activation; it appears by rename when it is whole.
+
+    Raises:
+        TQError: The inputs were not finite.
+        OSError: The disk is full.
+    """
+    if not np.isfinite(moments.total).all():
+        raise TQError(f"{path.stem}: its inputs cannot be used: they are not finite", "the model may overflow")
+    arrays = dict(zip(COMPACT, _compact(moments.mean()), strict=True))
     arrays["count"] = np.array([moments.count], np.int64)
     if moments.counts is not None:
         arrays["expert_counts"] = moments.counts.astype(np.int64)
     if moments.own is not None and moments.counts is not None:
         own = [_compact(o / np.float32(max(c, 1))) for o, c in zip(moments.own, moments.counts, strict=True)]
-        arrays["expert_correlations"], arrays["expert_scales"] = map(np.stack, zip(*own, strict=True))
+        stacked = map(np.stack, zip(*own, strict=True))
+        arrays |= {f"expert_{name}": each for name, each in zip(COMPACT, stacked, strict=True)}
     save_arrays(path, {name: mx.array(array) for name, array in arrays.items()})
 
 
@@ -114,11 +125,11 @@ def read_moments(path: Path) -> Moments:
     try:
         arrays = {name: np.array(array) for name, array in cast(dict[str, mx.array], mx.load(str(path))).items()}
         count = int(arrays["count"][0])
-        moments = Moments(_full(arrays["correlations"], arrays["scales"]) * np.float32(count), count)
+        moments = Moments(_full(*(arrays[name] for name in COMPACT)) * np.float32(count), count)
         moments.counts = arrays.get("expert_counts")
         if "expert_scales" in arrays and moments.counts is not None:
-            each = zip(arrays["expert_correlations"], arrays["expert_scales"], moments.counts, strict=True)
-            moments.own = np.stack([_full(c, s) * np.float32(n) for c, s, n in each])
+            each = zip(*(arrays[f"expert_{name}"] for name in COMPACT), moments.counts, strict=True)
+            moments.own = np.stack([_full(*compact) * np.float32(n) for *compact, n in each])
     except (RuntimeError, KeyError, ValueError, IndexError) as error:
         raise TQError(f"{path} cannot be read: {error}", AGAIN) from error
     return moments
@@ -131,31 +142,36 @@ def read_counts(path: Path) -> list[int]:
 
 def moments_bytes(features: int, experts: int | None) -> int:
     """Bytes of the arrays of one activation, with moments for each of so many experts or None."""
-    one = features * (features + 1) + 4 * features
+    one = features * (features + 1) + 2 * 4 * features
     return one + 8 + (0 if experts is None else experts * (one + 8))
 
 
-def _compact(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Moments (n, n) as the upper triangle of their correlations, float16 row by row, and the roots of the diagonal."""
+def _compact(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Moments (n, n) as S (R + c c^T) S: the upper triangle of R, float16 row by row, c, and the diagonal of S."""
     n = len(moments)
     scales = np.sqrt(np.maximum(np.diagonal(moments), 0)).astype(np.float32)
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
+    common = np.linspace(1, 2, n, dtype=np.float32)
+    for _ in range(POWER_STEPS):
+        unit = common / max(float(np.linalg.norm(common)), 1e-30)
+        common = inverse * (moments @ (inverse * unit))
+    common = common / np.sqrt(max(float(unit @ common), 1e-30))
     triangle = np.empty(n * (n + 1) // 2, np.float16)
     end = 0
     for i in range(n):
         start, end = end, end + n - i
-        triangle[start:end] = moments[i, i:] * inverse[i] * inverse[i:]
-    return triangle, scales
+        triangle[start:end] = moments[i, i:] * inverse[i] * inverse[i:] - common[i] * common[i:]
+    return triangle, common, scales
 
 
-def _full(triangle: np.ndarray, scales: np.ndarray) -> np.ndarray:
+def _full(triangle: np.ndarray, common: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """What ``_compact`` was given, float32 (n, n)."""
     n = len(scales)
     moments = np.empty((n, n), np.float32)
     end = 0
     for i in range(n):
         start, end = end, end + n - i
-        moments[i, i:] = triangle[start:end].astype(np.float32) * scales[i] * scales[i:]
+        moments[i, i:] = (triangle[start:end].astype(np.float32) + common[i] * common[i:]) * scales[i] * scales[i:]
         moments[i:, i] = moments[i, i:]
     return moments
 
@@ -185,6 +201,13 @@ class CalibratedEncoder(Encoder):
         quantized = [tensor for tensor in plan.tensors if tensor.spec]
         for tensor in quantized:
             _, features = self.index.matrices.get(tensor.name, (None, 0))
+            experts = len(self.index.experts.get(tensor.name, ()))
+            if experts and experts != tensor.shape[0]:
+                raise TQError(
+                    f"{self.folder} is the calibration of another model: {tensor.name} has {tensor.shape[0]} experts "
+                    f"here and {experts} there",
+                    f"it was made from {self.index.model}",
+                )
             if features != tensor.shape[-1]:
                 has = features or "does not exist"
                 raise TQError(
@@ -205,7 +228,8 @@ class CalibratedEncoder(Encoder):
         return notes
 
     def record(self) -> dict[str, Any]:
-        return {"method": "moments", "model": self.index.model, **self.index.sample}
+        source = self.index.fingerprint  # a conversion that goes on must not mix calibrations
+        return {"method": "moments", "model": self.index.model, "source": source, **self.index.sample}
 
     def encode(self, tensor: PlannedTensor, read: Callable[[], mx.array]) -> PackedTensor:
         file, _ = self.index.matrices.get(tensor.name, (None, 0))

@@ -29,6 +29,7 @@ class Journal:
         kind: One of COMMANDS.
 
     Attributes:
+        begun: Whether this is new work: there was no record of any.
         crcs: CRC-32 of each stored tensor that is written, in order.
 
     Raises:
@@ -53,8 +54,10 @@ class Journal:
                     "run that one again to finish it, or add --restart to begin anew",
                 )
             self._file.truncate(self._ends[-1] if records else 0)
-            if not records:
+            self.begun = not records
+            if self.begun:
                 self._append({"identity": identity})
+                os.fsync(self._file.fileno())
             self.crcs: list[int] = [record["crc"] for record in records[1:]]
         except BaseException:
             self._file.close()

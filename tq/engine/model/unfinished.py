@@ -1,5 +1,6 @@
 """The folder in which long work lies until it is done: locked, resumable, and renamed to its name at the end."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -47,7 +48,8 @@ class Unfinished:
         except OSError as error:
             raise write_error(self.folder, error) from error
         try:
-            if restart:
+            # Without the line that says whose work this is, as after a power cut, nothing of it can be used.
+            if restart or self.journal.begun:
                 self._empty()
         except OSError as error:
             self.journal.close()
@@ -74,9 +76,14 @@ class Unfinished:
 
 
 def save_arrays(path: Path, arrays: dict[str, mx.array]) -> None:
-    """Write a safetensors file, which appears by rename when it is whole and on the disk."""
+    """Write a safetensors file, which appears by rename when it is whole and on the disk. Raises OSError."""
     unfinished = path.with_name(BEING_WRITTEN)
-    mx.save_safetensors(str(unfinished), arrays)
+    try:
+        mx.save_safetensors(str(unfinished), arrays)
+    except RuntimeError as error:  # MLX does not tell why it could not write, which is a full disk as good as always
+        unfinished.unlink(missing_ok=True)
+        code = errno.ENOSPC if "Unable to write" in str(error) else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from error
     with unfinished.open("rb") as file:
         os.fsync(file.fileno())
     unfinished.rename(path)

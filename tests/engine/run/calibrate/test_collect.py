@@ -141,3 +141,37 @@ def test_the_calibration_of_another_model_is_refused(model_type, message, tmp_pa
     list(collect(plan_of(tmp_path / "model"), WINDOWS, SAMPLE, tmp_path / "calibration"))
     with pytest.raises(TQError, match=f"is the calibration of another model: .*{message}"):
         CalibratedEncoder(tmp_path / "calibration").check(plan_of(tmp_path / "other"))
+
+
+def test_what_was_measured_for_a_journal_that_is_lost_is_measured_again(tmp_path):
+    """A power cut may leave whole files and an empty journal: whose they are, nobody knows."""
+    write_checkpoint(tmp_path / "model", "llama")
+    list(collect(plan_of(tmp_path / "model"), WINDOWS + 1, SAMPLE, tmp_path / "whole"))
+    stop_after(collect(plan_of(tmp_path / "model"), WINDOWS, SAMPLE, tmp_path / "out"), 7)
+    assert list((tmp_path / "out.partial").glob("*.safetensors"))
+    (tmp_path / "out.partial" / "conversion.jsonl").write_bytes(b"")
+    list(collect(plan_of(tmp_path / "model"), WINDOWS + 1, SAMPLE, tmp_path / "out"))
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_a_calibration_with_another_number_of_experts_is_refused(tmp_path):
+    write_checkpoint(tmp_path / "model", "qwen3_moe")
+    list(collect(plan_of(tmp_path / "model"), WINDOWS, SAMPLE, tmp_path / "calibration"))
+    document = json.loads((tmp_path / "calibration" / "calibration.json").read_text())
+    document["experts"] = {path: [*counts, 3] for path, counts in document["experts"].items()}
+    (tmp_path / "calibration" / "calibration.json").write_text(json.dumps(document))
+    with pytest.raises(TQError, match=r"is the calibration of another model: .* experts here and"):
+        CalibratedEncoder(tmp_path / "calibration").check(plan_of(tmp_path / "model"))
+
+
+def test_a_conversion_does_not_go_on_with_moments_of_other_weights(tmp_path):
+    write_checkpoint(tmp_path / "model", "llama")
+    list(collect(plan_of(tmp_path / "model"), WINDOWS, SAMPLE, tmp_path / "calibration"))
+    encoder = CalibratedEncoder(tmp_path / "calibration")
+    stop_after(convert(plan_of(tmp_path / "model"), tmp_path / "out", encoder=encoder), 5)
+    (index,) = (tmp_path / "calibration").glob("*.json")
+    document = json.loads(index.read_text())
+    index.write_text(json.dumps(document | {"source": "other files"}))
+    encoder = CalibratedEncoder(tmp_path / "calibration")
+    with pytest.raises(TQError, match="holds an unfinished conversion with other settings"):
+        list(convert(plan_of(tmp_path / "model"), tmp_path / "out", encoder=encoder))
