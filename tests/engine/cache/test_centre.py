@@ -10,9 +10,12 @@ from mlx_lm.models.cache import make_prompt_cache
 from tiny_models import build
 
 from tq.cpu import library
+from tq.engine.cache.batch import BatchPackedKVCache
 from tq.engine.cache.convert import convert_cache, has_key_biases
+from tq.engine.cache.native import View
 from tq.engine.cache.packed import PackedKVCache
 from tq.engine.cache.settings import KVSettings
+from tq.engine.cache.window import PackedRotatingKVCache
 
 needs_kernels = pytest.mark.skipif(not library.state().active, reason=f"no kernels: {library.state().reason}")
 CENTRED = KVSettings(4, 8, sink=5, window=20, centre=True)
@@ -99,6 +102,36 @@ def test_trim_copy_and_restore(backend):
     cache.trim(400)
     keys, _ = cache.update_and_fetch(k, v)  # what is taken from keys stays what it was
     assert relative(keys, k) < 0.01
+
+
+def test_windows_and_latents_stay_as_they_are(monkeypatch):
+    """The kernels and all rows of a batch go on at once, though the model's other layers are centred."""
+    window = PackedRotatingKVCache(CENTRED, 300)
+    window.update_and_fetch(biased(200), vectors(200, 64, seed=1))
+    latent = PackedKVCache(CENTRED)
+    k, v = biased(200)[:, :1], vectors(200, 32, heads=1, seed=1)
+    latent.update_and_fetch(k, v)
+    assert window.packed > 0 and latent.packed > 0
+    assert window.centre is None and latent.centre is None
+    monkeypatch.setenv("TQ_BACKEND", "reference")
+    latent = PackedKVCache(CENTRED)
+    keys, _ = latent.update_and_fetch(k, v)
+    assert (
+        latent.attend(vectors(1, 64, heads=4), keys, keys, scale=0.1) is not None
+    )  # keys are values, as they are packed
+
+
+@needs_kernels
+def test_windows_of_centred_models_run_on_the_kernels(monkeypatch):
+    monkeypatch.setenv("TQ_BACKEND", "cpu")
+    window = PackedRotatingKVCache(CENTRED, 300)
+    assert window.native(1, 2, 64, 64) is not None
+    assert PackedKVCache(CENTRED).native(1, 2, 64, 64) is None
+    batch = BatchPackedKVCache([PackedRotatingKVCache(CENTRED, 300) for _ in range(2)])
+    k = mx.concatenate([biased(200), biased(200, seed=1)])
+    keys, values = batch.update_and_fetch(k, k)
+    assert batch.attend(vectors(200, 64, batch=2), keys, values, scale=0.1, mask=None).shape == (2, 2, 200, 64)
+    assert type(batch._fetched.take(keys, values)[0]) is View  # of one call
 
 
 def test_models_with_biases_in_their_keys_have_it(reference):

@@ -1,5 +1,7 @@
 """What the CPU kernels keep is read by the reference, and the other way round, with the same codes."""
 
+import json
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -106,3 +108,30 @@ def test_arrays_of_another_layout_are_refused():
     arrays = [*arrays[:2], arrays[2][..., :-64], *arrays[3:]]
     with pytest.raises(TQError, match="another version of tq"):
         PackedKVCache.from_state((header, arrays, *fitted))
+
+
+@needs_kernels
+def test_a_damaged_file_is_refused():
+    """Kernels would read, or write, behind the end of arrays."""
+    cache = held(KVSettings(2.5, 4, **SMALL), 200, (64, 64))
+    line, arrays, *rest = cache.state
+    order = next(i for i, array in enumerate(arrays) if array.dtype == mx.int32)
+
+    def changed(i, array):
+        return line, [*arrays[:i], array, *arrays[i + 1 :]], *rest
+
+    def counted(*tokens):
+        return json.dumps(json.loads(line) | {"tokens": tokens}), arrays, *rest
+
+    damaged = [
+        *(counted(*tokens) for tokens in ((2000, 1920, 0), (900, cache.packed, 0), (200, -64, 0), (200, 128, 100))),
+        changed(order, arrays[order] + 40),
+        changed(order, arrays[order] - 1),
+        changed(3, arrays[3].astype(mx.float32)),
+        changed(1, arrays[1][..., :32]),
+        changed(len(arrays) - 1, arrays[-1][..., :32]),
+    ]
+    for state in damaged:
+        with pytest.raises(TQError, match="is damaged"):
+            PackedKVCache.from_state(state)
+    assert PackedKVCache.from_state((line, arrays, *rest)).packed == cache.packed > 0

@@ -80,7 +80,7 @@ class BatchPackedKVCache:
         """The storage of all rows, if it is one and can take them in one call."""
         form = form_of(keys, values)._replace(batch=1)
         first, *others = (row.open(form) for row in self.rows)
-        if any(row.settings.centre for row in self.rows):
+        if any(row.centres for row in self.rows):
             return None  # each takes a centre of its own from its keys
         return first if isinstance(first, Native) and all(other is first for other in others) else None
 

@@ -32,7 +32,7 @@ def model_key(path: Path, model: nn.Module, kv: KVSettings | None, version: int)
         "checkpoint": checkpoint_fingerprint(path),
         "dtypes": sorted({str(array.dtype) for array in parameters(model).values()}),
         "device": str(mx.default_device().type),
-        # Packed caches are laid out for the kernels that read them.
+        # Keys and values differ in their last bits with the kernels that computed and packed them.
         "kernels": [ops.forced_backend(), ops.cpu.unavailable()],
         "kv": None if kv is None else asdict(kv),
     }

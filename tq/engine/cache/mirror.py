@@ -30,11 +30,12 @@ def wanted(size_bytes: int) -> bool:
 
 
 def with_room(mirror: Mirror, tokens: int) -> Mirror:
-    """The same with room for so many tokens."""
+    """The same with room for so many tokens, which is `wanted`."""
     have = mirror.keys.shape[2]
     if tokens <= have:
         return mirror
-    rows = -(-max(tokens, have + have // 8) // STEP) * STEP
+    row_bytes = sum(side.itemsize * side.shape[0] * side.shape[1] * side.shape[3] for side in mirror)
+    rows = min(-(-max(tokens, have + have // 8) // STEP) * STEP, max(LIMIT_BYTES // row_bytes, tokens))
     return Mirror(*(mx.pad(side, [(0, 0), (0, 0), (0, rows - have), (0, 0)]) for side in mirror))
 
 

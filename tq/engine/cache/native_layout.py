@@ -83,23 +83,41 @@ def to_native(
     return [*rows[:2], *made, *rows[2:]]
 
 
-def check(settings: KVSettings, form: Form, arrays: Sequence[mx.array]) -> None:
-    """Whether a saved cache's arrays are what kernels keep.
+def check(settings: KVSettings, form: Form, arrays: Sequence[mx.array], tokens: tuple[int, int, int]) -> None:
+    """Whether a saved cache's arrays are what kernels keep, and hold its tokens: kernels read them unseen.
+
+    Args:
+        tokens: All, packed and dropped ones.
 
     Raises:
-        TQError: They are not.
+        TQError: They are not, or do not.
     """
     lead = (form.batch, form.heads)
-    found = [tuple(a.shape) for a in arrays]
-    blocks = found[2][2] if len(found) > 2 and len(found[2]) == 4 else 0
-    wanted: list[tuple[int, ...]] = []
+    found = [(a.dtype, tuple(a.shape)) for a in arrays]
+    blocks, rows = (arrays[i].shape[2] if len(arrays) > 5 and arrays[i].ndim == 4 else 0 for i in (2, -1))
+    wanted: list[tuple[mx.Dtype, tuple[int, ...]]] = []
+    orders = []
     for side, dim in enumerate((form.key_dim, form.value_dim)):
         parts = _parts(settings, side, dim)
         size = sum(block_bytes(part, bool(side)) for part in parts)
-        wanted += [(*lead, blocks, size), (*lead, blocks * BLOCK * planes_of(parts))]
-        wanted += [(*lead, dim)] if len(parts) > 1 else []
-    if found[2:-2] != wanted:
-        raise TQError("this KV cache was saved by another version of tq", "compute the prompt again")
+        wanted += [(mx.uint8, (*lead, blocks, size)), (mx.float16, (*lead, blocks * BLOCK * planes_of(parts)))]
+        if len(parts) > 1:
+            orders.append((2 + len(wanted), dim))
+            wanted.append((mx.int32, (*lead, dim)))
+    sink, recent = (
+        [(mx.float16, (*lead, n, dim)) for dim in (form.key_dim, form.value_dim)] for n in (settings.sink, rows)
+    )
+    offset, packed, dropped = tokens
+    stored = offset - dropped
+    late = stored - min(stored, settings.sink) - packed
+    fits = min(stored, packed, dropped) >= 0 and packed <= blocks * BLOCK and 0 <= late <= rows
+    if found != [*sink, *wanted, *recent] or not fits or any(_leaves(arrays[i], dim) for i, dim in orders):
+        raise TQError("this KV cache was saved by another version of tq, or is damaged", "compute the prompt again")
+
+
+def _leaves(order: mx.array, dim: int) -> bool:
+    """Whether an order names numbers that a vector does not have."""
+    return not 0 <= order.min().item() <= order.max().item() < dim  # type: ignore[operator]
 
 
 def planes_of(parts: Sequence[Part]) -> int:

@@ -139,9 +139,15 @@ class PackedKVCache:
         view, dtype = self.seen_of(self._opened().view(self)), getattr(mx, self._form().dtype)
         return self._fetched.remember(*self._decoded(view, dtype), view)
 
+    @property
+    def centres(self) -> bool:
+        """Whether keys are packed less a centre: not in windows, whose first tokens leave, nor if they are values."""
+        latent = self.form is not None and self.form.heads == 1 and self.form.key_dim != self.form.value_dim
+        return bool(self.settings.centre) and not self.windowed and not latent
+
     def _centred(self, keys: mx.array) -> mx.array:
         """New keys less the centre: the mean of the first ones that are packed, which is found when they are due."""
-        if not self.settings.centre or self.windowed:
+        if not self.centres:
             return keys
         if self.centre is None:
             tokens = self.offset + keys.shape[2]
@@ -179,12 +185,10 @@ class PackedKVCache:
 
     def native(self, n_tokens: int, heads: int, key_dim: int, value_dim: int) -> Any:
         """The `native.Code` of arrays with room for more tokens; None if they are not the CPU kernels'."""
-        if self.settings.centre:
-            return None  # the kernels would write keys as they are
         storage = self.storage
         if storage is None or self.form is None or self.form[:4] != (1, heads, key_dim, value_dim):
             storage = self.open(Form(1, heads, key_dim, value_dim, "float32"))
-        if storage.name != "cpu":
+        if storage.name != "cpu" or self.centres:  # the kernels would write keys as they are
             return None
         self.make_room(n_tokens)
         storage.reserve(self, n_tokens)  # type: ignore[attr-defined]
@@ -275,7 +279,7 @@ class PackedKVCache:
         if header["form"] is not None:
             self.form = Form(*header["form"])
             self.storage, self.declined, self.arrays, self.fitted = storages.adopted(
-                header["storage"], self.settings, self.form, self.arrays, self.fitted, self.packed
+                header["storage"], self.settings, self.form, self.arrays, self.fitted, tuple(header["tokens"])
             )
 
     def _header(self) -> dict:

@@ -146,27 +146,28 @@ def adopted(
     form: Form,
     arrays: list[mx.array],
     fitted: tuple[mx.array | None, mx.array | None],
-    packed: int,
+    tokens: tuple[int, int, int],
 ) -> tuple[Storage, str | None, list[mx.array], tuple[mx.array | None, mx.array | None]]:
     """The storage of this machine for a saved cache, why no kernel reads it, and its arrays and `fitted` there.
 
     Args:
         name: The storage that it was saved from.
+        tokens: All, packed and dropped ones.
 
     Raises:
-        TQError: The arrays are those of another version of tq.
+        TQError: The arrays are those of another version of tq, or do not hold so many tokens.
     """
     from tq.engine.cache import native_layout
 
     storage, declined = choose(settings, form)
-    if name != Reference.name:
-        native_layout.check(storage.settings, form, arrays)
-    if storage.name == name:
+    if storage.name == name == Reference.name:
         return storage, declined, arrays, fitted
     if name == Reference.name:
-        arrays = native_layout.to_native(storage.settings, form, arrays, fitted, packed)
+        arrays = native_layout.to_native(storage.settings, form, arrays, fitted, tokens[1])
+    native_layout.check(storage.settings, form, arrays, tokens)
+    if storage.name != Reference.name:
         return storage, declined, arrays, (None, None)
-    return storage, declined, *native_layout.to_reference(storage.settings, form, arrays, packed)
+    return storage, declined, *native_layout.to_reference(storage.settings, form, arrays, tokens[1])
 
 
 @lru_cache(maxsize=256)
