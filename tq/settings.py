@@ -29,11 +29,19 @@ def cpu_exact() -> bool:
 
 
 def api_key(option: str | None) -> str | None:
-    """What clients of a server must send: the option, else TQ_API_KEY, else None. Raises UsageError if it is empty."""
-    key = os.environ.get("TQ_API_KEY") if option is None else option
-    if option is not None and not option.strip():
-        raise UsageError("--api-key is empty", hint="without it, clients need no key")
-    return key or None
+    """What clients of a server must send: the option, else TQ_API_KEY, else None.
+
+    Without the spaces and the end of a line around it (of `$(cat FILE)`), which a header cannot have.
+
+    Raises:
+        UsageError: It is empty, or has nothing but those.
+    """
+    name, key = ("TQ_API_KEY", os.environ.get("TQ_API_KEY")) if option is None else ("--api-key", option)
+    if key is None or (option is None and key == ""):
+        return None
+    if not key.strip():
+        raise UsageError(f"{name} is empty", hint="without it, clients need no key")
+    return key.strip()
 
 
 def threads() -> int | None:
@@ -51,7 +59,10 @@ def size_bytes(text: str) -> int:
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)b?", text.strip().lower())
     if found is None:
         raise UsageError(f"{text!r} is no size such as 500MB, 8GB or 0")
-    return int(float(found[1]) * 1000 ** " kmgt".index(found[2] or " "))
+    size = float(found[1]) * 1000 ** " kmgt".index(found[2] or " ")
+    if size >= 2**63:
+        raise UsageError(f"{text.strip()[:20]}... is more than any machine has")
+    return int(size)
 
 
 def config_file() -> Path:
@@ -73,8 +84,8 @@ def cache_dir() -> Path:
 
 
 def _user_folder(variable: str, name: str, purpose: str) -> Path:
-    root = os.environ.get(variable)
-    try:
-        return (Path(root) if root else Path.home() / name) / "tq"
+    root = os.environ.get(variable, "")
+    try:  # one that is not absolute does not count (https://specifications.freedesktop.org/basedir)
+        return (Path(root) if os.path.isabs(root) else Path.home() / name) / "tq"
     except RuntimeError as error:
         raise TQError("this user has no home folder", hint=f"set {variable} to a folder for {purpose}") from error

@@ -116,6 +116,7 @@ def serve(
     port, parallel, queue = (configured[f"serve.{name}"] for name in ("port", "parallel", "queue"))
     key = settings.api_key(api_key)
     prefix_bytes = configured.prefix_cache_bytes
+    step = None if configured.found["prefill.step"].source == "default" else configured.prefill_step
     for name, value, least in (("--parallel", parallel, 1), ("--queue", queue, 0)):
         if value < least:
             raise UsageError(f"{name} must be {least} or more, not {value}")
@@ -151,7 +152,6 @@ def serve(
             folder = settings.cache_dir() / "prompts"
             out.detail(f"prompts read before: up to {human_bytes(budget)} in {folder}")
             prompts = PromptCache.of_model(folder, budget, loaded.path, loaded.model, configured.kv)
-        asked_step = configured.found["prefill.step"].source != "default"
         scheduler = closing.enter_context(
             contextlib.closing(
                 Scheduler(
@@ -159,7 +159,7 @@ def serve(
                     configured.kv,
                     max_batch=parallel,
                     max_queue=queue,
-                    prefill_step=configured.prefill_step if asked_step else None,
+                    prefill_step=step,
                     prefix_bytes=prefix_bytes,
                     prompts=prompts,
                     default_options=chosen,
@@ -246,7 +246,7 @@ class Log:
         if not self._out.json:
             return self.say(text)
         with self._lock:
-            sys.stdout.write(json_module.dumps({"time": time.time(), **document}, ensure_ascii=False) + "\n")
+            sys.stdout.write(json_module.dumps({"time": time.time(), **document}) + "\n")
             sys.stdout.flush()
 
 

@@ -48,6 +48,9 @@ def test_a_near_preset_is_offered():
         ({"codec": "a,b,c"}, "more than two"),
         ({"group_size": 48}, "not one of 0, 32, 64, 128"),
         ({"sink": -1}, "give 0 or more"),
+        ({"sink": 10**20}, "give less than 2147483648"),
+        ({"key_bits": float("nan")}, "nan bits of keys are not one of"),
+        ({"value_bits": float("inf")}, "inf bits of values are not one of"),
     ],
 )
 def test_wrong_options_are_named(options, message):

@@ -38,6 +38,8 @@ def test_unknown_names_are_answered_with_valid_ones():
     with pytest.raises(UsageError, match="is none that tq knows: this, or a chip") as caught:
         find("m1-mx-64gb")
     assert "m1-max-64gb" in caught.value.hint
+    with pytest.raises(UsageError, match="is none that tq knows"):
+        find("m4-" + "9" * 5000)  # more digits than Python makes a number of
     with pytest.raises(UsageError, match="the M4 is sold with 16, 24, 32 GB"):
         find("m4-48gb")
 

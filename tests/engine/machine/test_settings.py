@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from tq import settings
 from tq.engine.cache.settings import KVSettings
 from tq.engine.machine.settings import SETTINGS, config_files, resolve
 from tq.engine.run.decode import PREFILL_STEP
@@ -387,3 +388,59 @@ def test_the_documentation_has_every_setting_with_its_flag_variable_and_default(
     text = (Path(__file__).parents[3] / "docs" / "settings.md").read_text()
     rows = [[cell.strip(" `") for cell in line.split("|")[1:5]] for line in text.splitlines() if line.startswith("| `")]
     assert rows == [[s.name, s.flag or "", s.variable, "" if s.default is None else str(s.default)] for s in SETTINGS]
+
+
+def test_folders_that_nobody_may_look_into_have_no_settings(home, monkeypatch):
+    project(home, "[prefill]\nstep = 3\n")
+    stat = Path.stat
+
+    def refuse(path, **how):
+        if path.name in (".git", "tq.toml"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **how)
+
+    monkeypatch.setattr(Path, "stat", refuse)  # nothing is closed to root, who may run this
+    assert [path for _, path in config_files(home / "project")] == [home / "project" / "tq.toml"]
+
+
+def test_a_file_that_is_nested_deeper_than_python_goes_is_a_mistake(home):
+    project(home, "x = " + "[" * 5000)
+    with pytest.raises(UsageError, match=r"tq\.toml: not a readable TOML file: "):
+        settings_of(home)
+
+
+@pytest.mark.parametrize(("root", "is_used"), [("/elsewhere", True), ("elsewhere", False), ("", False)])
+def test_folders_of_a_user_are_absolute(home, monkeypatch, root, is_used):
+    for variable, name, path in (
+        ("XDG_CONFIG_HOME", ".config", lambda: settings.config_file().parent),
+        ("XDG_CACHE_HOME", ".cache", settings.cache_dir),
+    ):
+        monkeypatch.setenv(variable, root)
+        assert path() == (Path(root) if is_used else home / name) / "tq"
+
+
+@pytest.mark.parametrize(
+    ("option", "variable", "key"),
+    [(None, None, None), (None, "", None), (None, "a\n", "a"), (" b ", "a", "b"), ("b", "", "b")],
+)
+def test_a_key_is_what_a_header_can_hold(monkeypatch, option, variable, key):
+    monkeypatch.delenv("TQ_API_KEY", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("TQ_API_KEY", variable)
+    assert settings.api_key(option) == key
+
+
+@pytest.mark.parametrize(("option", "variable", "name"), [(" ", "a", "--api-key"), (None, " \n", "TQ_API_KEY")])
+def test_a_blank_key_opens_nothing(monkeypatch, option, variable, name):
+    monkeypatch.setenv("TQ_API_KEY", variable)
+    with pytest.raises(UsageError, match=f"{name} is empty"):
+        settings.api_key(option)
+
+
+def test_sizes():
+    assert [settings.size_bytes(text) for text in ("0", "1.5 kB", "8GB", "2t")] == [0, 1500, 8 * 10**9, 2 * 10**12]
+    for text in ("-1GB", "GB", "1e3", "8 GiB", "nan", ""):
+        with pytest.raises(UsageError, match="is no size"):
+            settings.size_bytes(text)
+    with pytest.raises(UsageError, match="more than any machine has"):
+        settings.size_bytes("9" * 400)

@@ -9,6 +9,7 @@ from tq.errors import UsageError
 
 BLOCK = 64  # tokens that are packed together
 SINK, WINDOW = 128, 32
+MOST_TOKENS = 2**31  # which MLX's shapes end at
 VECTOR = 0  # group_size of "one scale per head vector"
 GROUP_SIZES = (VECTOR, 32, 64, 128)
 WHOLE = tuple(range(1, 9))
@@ -77,6 +78,8 @@ class KVSettings:
         for name in ("sink", "window", "start"):
             if getattr(self, name) < 0:
                 raise UsageError(f"KV {name} is {getattr(self, name)} tokens: give 0 or more")
+            if getattr(self, name) >= MOST_TOKENS:
+                raise UsageError(f"KV {name} is {getattr(self, name)} tokens: give less than {MOST_TOKENS}")
 
     @classmethod
     def parse(cls, text: str) -> "KVSettings":
@@ -158,7 +161,7 @@ def number(bits: float) -> str:
 
 
 def _plain(bits: float) -> float:
-    return int(bits) if bits == int(bits) else bits
+    return int(bits) if float(bits).is_integer() else bits
 
 
 def _list(values: tuple[float, ...]) -> str:

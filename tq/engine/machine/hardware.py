@@ -78,7 +78,7 @@ def find(name: str) -> Target:
     wanted = name.strip().lower().replace("_", "-").replace(" ", "-")
     if wanted == THIS:
         return this_target()
-    found = re.fullmatch(r"(m\d+(?:-(?:pro|max|ultra))?)-(\d+)(?:gb)?", wanted)
+    found = re.fullmatch(r"(m\d+(?:-(?:pro|max|ultra))?)-(\d{1,4})(?:gb)?", wanted)
     if found is None or found[1] not in _CHIPS:
         near = difflib.get_close_matches(wanted, names(), 3)
         raise UsageError(

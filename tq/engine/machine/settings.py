@@ -134,6 +134,9 @@ class Settings:
 
     @property
     def prefill_step(self) -> int:
+        """Raises UsageError if the flag is out of range."""
+        if self["prefill.step"] < 1:
+            raise UsageError(f"{self.found['prefill.step'].where} must be 1 or more, not {self['prefill.step']}")
         return self["prefill.step"]
 
     @property
@@ -213,12 +216,13 @@ def config_files(folder: Path | None = None) -> list[tuple[Source, Path]]:
     with contextlib.suppress(RuntimeError, TQError):
         home = Path.home().resolve()
         user = settings.config_file()
-    ends = [n for n, path in enumerate(above) if path.resolve() == home or (path / ".git").exists()]
+    # os.path's: a folder that this user may not look into has nothing for him, and Path.exists would raise.
+    ends = [n for n, path in enumerate(above) if path.resolve() == home or os.path.exists(path / ".git")]
     for path in above[: ends[0] + 1 if ends else 1]:
-        if (path / FILE).exists():
+        if os.path.exists(path / FILE):
             found.append(("project", path / FILE))
             break
-    if user is not None and user.exists() and not any(path.samefile(user) for _, path in found):
+    if user is not None and os.path.exists(user) and not any(path.samefile(user) for _, path in found):
         found.append(("user", user))
     return found
 

@@ -69,7 +69,7 @@ def read(path: Path, schema: type[T]) -> TomlFile[T] | list[Mistake]:
     try:
         text = path.read_text(encoding="utf-8")
         given = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError, RecursionError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         return [Mistake(str(path), f"not a readable TOML file: {why}")]
     lines = line_numbers(text)

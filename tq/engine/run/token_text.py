@@ -21,10 +21,16 @@ class TokenText:
         tokenizer: mlx-lm's TokenizerWrapper.
         end_ids: Tokens that end a sequence.
         limit: Most tokens.
+        continues: The text goes on with another one: a space at its beginning stays, which detokenizers may drop.
     """
 
-    def __init__(self, tokenizer: Any, options: GenerateOptions, end_ids: set[int], limit: int):
+    def __init__(
+        self, tokenizer: Any, options: GenerateOptions, end_ids: set[int], limit: int, continues: bool = False
+    ):
         self._detokenizer = tokenizer.detokenizer
+        if continues:  # only the first space of all that they get: a letter goes before
+            self._detokenizer.add_token(tokenizer.encode("a", add_special_tokens=False)[-1])
+            _ = self._detokenizer.last_segment
         self._end_ids, self._limit, self._min_tokens = end_ids, limit, options.min_tokens
         self._stops = _StopFilter(options.stop)
         self.count = 0

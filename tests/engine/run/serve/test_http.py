@@ -73,6 +73,7 @@ def post(body, path="/v1/chat/completions", *headers):
         ("POST", "/v1/chat/completions", b"[]", 400, "invalid_json", "must be a JSON object, not a list"),
         ("POST", "/v1/chat/completions", None, 400, "invalid_json", "the body is not JSON"),
         ("POST", "/v1/chat/completions", {}, 400, None, "messages is missing"),
+        ("POST", "/v1/completions", {"prompt": ["a\ud800b"]}, 400, "invalid_json", "half of a character"),
     ],
 )
 def test_what_is_wrong_with_a_request(method, path, body, status, code, message):
@@ -381,6 +382,7 @@ def test_a_key_is_asked_for_where_there_is_one():
         ("null", (), 403),
         ("https://evil.example", ("https://good.example",), 403),
         ("https://good.example", ("https://good.example",), 200),
+        ("https://good.example", ("https://good.example/",), 200),
         ("https://evil.example", ("*",), 200),
         ("http://localhost:3000", (), 200),
         ("http://127.0.0.1:3000", (), 200),
@@ -469,7 +471,11 @@ def test_a_whole_answer_that_the_end_cuts_off_is_an_error():
 
 @pytest.mark.parametrize(
     ("host", "port", "message"),
-    [("127.0.0.1", 70000, "the port must be from 0 to 65535, not 70000"), ("no such host", 0, "there is no address")],
+    [
+        ("127.0.0.1", 70000, "the port must be from 0 to 65535, not 70000"),
+        ("no such host", 0, "there is no address"),
+        ("a" * 80, 0, "there is no address"),  # longer than a name can be
+    ],
 )
 def test_what_is_no_address(host, port, message):
     with pytest.raises(TQError, match=message):
@@ -547,6 +553,12 @@ def test_texts_to_tokens_and_back():
         assert ask(server, "POST", "/tokenize", {"content": "Hi"})[2] == {"tokens": [72, 105]}
         assert ask(server, "POST", "/tokenize", {"content": "Hi", "add_special": True})[2] == {"tokens": [1, 72, 105]}
         assert ask(server, "POST", "/detokenize", {"tokens": [72, 105]})[2] == {"content": "Hi"}
+
+
+def test_what_is_nested_deeper_than_python_goes_is_the_clients_mistake():
+    with serving(RecursionError("maximum recursion depth exceeded")) as server:
+        status, _, document = ask(server, "POST", "/v1/chat/completions", CHAT)
+        assert (status, document["error"]["message"]) == (400, "the request is nested too deeply")
 
 
 def test_paths_may_have_queries_and_slashes_at_the_end():

@@ -1,10 +1,12 @@
 """OpenAI's protocol through its own client, over a real socket, with a scheduler that says what it is told."""
 
+import inspect
 import json
 
 import openai
 import pytest
 from fake_scheduler import CALL, CALLED, DONE, HELLO, LENGTH, SERVED, THOUGHT, WITH_LOGPROBS, serving
+from transformers import PreTrainedTokenizerBase
 
 from tq.engine.run.sampling import GenerateOptions
 from tq.engine.run.serve import openai as protocol
@@ -214,6 +216,30 @@ def test_who_decides_about_thinking(given, think, variables):
 
     (request,) = protocol.chat({**ASK, **given}, replace(SERVED, think=False)).requests
     assert (request.think, request.template_options) == (think, variables)
+
+
+def test_how_transformers_is_called_is_no_variable_of_a_template():
+    parameters = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    for name in {*parameters, "messages"} - {"self", "kwargs", "documents"}:  # documents: templates have them
+        with pytest.raises(RequestError, match=f"{name} is no variable") as caught:
+            asked({"chat_template_kwargs": {name: None}})
+        assert caught.value.param == "chat_template_kwargs"
+
+
+@pytest.mark.parametrize("name", ["repeat_last_n", "repetition_context_size"])
+def test_a_context_larger_than_any_number_of_mlx_is_all_of_it(name):
+    assert asked({name: 10**40}).options.repetition_context == asked({name: -1}).options.repetition_context == NO_LIMIT
+
+
+def test_stop_strings_are_limited():
+    assert len(asked({"stop": ["x"] * 64}).options.stop) == 64
+    with pytest.raises(RequestError, match="64 stop strings at most, not 65"):
+        asked({"stop": ["x"] * 65})
+
+
+def test_a_part_whose_type_is_no_text_is_refused():
+    with pytest.raises(RequestError, match="a part of type"):
+        asked({"messages": [{"role": "user", "content": [{"type": ["image"]}]}]})
 
 
 @pytest.mark.parametrize(

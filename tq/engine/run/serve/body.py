@@ -12,6 +12,7 @@ from tq.engine.run.sampling import GenerateOptions
 from tq.errors import TQError, UsageError
 
 NO_LIMIT = 2**31 - 1  # as max_tokens: as many as the context has room for
+MOST_STOPS = 64  # each is looked for after every token, while other answers wait
 KINDS = {"image": "images", "image_url": "images", "input_image": "images", "input_audio": "sound", "audio": "sound"}
 
 
@@ -101,6 +102,8 @@ def generate_options(
         chosen[option] = value
     if stop is not None:
         chosen["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+        if len(chosen["stop"]) > MOST_STOPS:
+            raise RequestError(f"there may be {MOST_STOPS} stop strings at most, not {len(chosen['stop'])}")
     try:
         return dataclasses.replace(defaults, **chosen)
     except UsageError as error:
@@ -120,7 +123,7 @@ def _usual(option: str, value: Any) -> Any:
             return 1.0
         case "max_tokens" if value < 0:
             return NO_LIMIT
-        case "repetition_context" if value < 0:
+        case "repetition_context" if not 0 <= value < NO_LIMIT:
             return NO_LIMIT
     return value
 
@@ -148,7 +151,7 @@ def text_of(content: Any, param: str = "content") -> str:
 
 def not_text(kind: Any, param: str) -> RequestError:
     """The refusal of a part that is no text."""
-    if kind in KINDS:
+    if isinstance(kind, str) and kind in KINDS:
         return RequestError(f"{KINDS[kind]} are not supported here: the model reads text alone", param=param)
     return RequestError(f"{param} holds a part of type {kind!r}; text is all that is read here", param=param)
 

@@ -6,10 +6,12 @@ One thread a connection, HTTP/1.1 with connections that stay. Who may come in is
 from __future__ import annotations
 
 import contextlib
+import email.errors
 import errno
 import ipaddress
 import json
 import logging
+import re
 import select
 import socket
 import socketserver
@@ -35,6 +37,14 @@ IDLE_SECONDS = 75.0  # without a byte read or written, a connection is closed
 LINGER_SECONDS = 2.0  # for what a refused client still sends, so that it reads the refusal
 CLIENT_GONE = 499  # nginx's number in logs; nobody receives it
 JSON_TYPES = ("", "application/json", "text/plain", "application/x-www-form-urlencoded", "application/octet-stream")
+
+HEAD_DEFECTS = (  # the others are of bodies, which are not read as mail
+    email.errors.FirstHeaderLineIsContinuationDefect,
+    email.errors.InvalidHeaderDefect,
+    email.errors.MisplacedEnvelopeHeaderDefect,
+    email.errors.MissingHeaderBodySeparatorDefect,
+)
+CHUNK_HEAD = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\n]*)?\r?\n")
 
 logger = logging.getLogger(__name__)
 
@@ -80,9 +90,10 @@ class Server(ThreadingHTTPServer):
             )[0]
             self.address_family = family
             super().__init__(address[:2], Handler)  # type: ignore[arg-type]
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the second: it cannot be a name
             raise _no_listening(host, port, error) from error
-        self.access = Access(api_key, tuple(origins), self.is_local)
+        # An origin has no path, also if somebody copies the address of a page.
+        self.access = Access(api_key, tuple(origin.rstrip("/") for origin in origins), self.is_local)
 
     def server_bind(self) -> None:
         # Not HTTPServer's, which asks the network for this machine's name.
@@ -178,6 +189,7 @@ class Handler(BaseHTTPRequestHandler):
     def _respond(self, path: str, record: Record) -> None:
         service = self.server.service
         try:
+            self._check_head()
             self.server.access.admit(self.command, path, self.headers)
             if self.command == "OPTIONS":
                 response: Reply | Streaming = Reply(204, "")
@@ -196,24 +208,33 @@ class Handler(BaseHTTPRequestHandler):
             response.chunks.close()
             response.cancel()  # if they were never begun, closing them did nothing
 
+    def _check_head(self) -> None:
+        """Raises RequestError: there are lines that others may read otherwise, and then see another request."""
+        is_odd = any(isinstance(defect, HEAD_DEFECTS) for defect in self.headers.defects)
+        if is_odd or any("\r" in value or "\n" in value for value in self.headers.values()):
+            # Nobody knows where this request ends, and its headers are not for a response to repeat.
+            self.close_connection, self.headers = True, self.MessageClass()
+            raise RequestError("a header is a line with a name, a colon and a value", code="invalid_header")
+
     # --- the body ---
 
     def _body(self) -> bytes:
         """Raises RequestError: too long, of another type, or not framed as HTTP says."""
         kind = self.headers.get_content_type() if "Content-Type" in self.headers else ""
         lengths = set(self.headers.get_all("Content-Length", []))
-        encoding = self.headers.get("Transfer-Encoding", "").strip().lower()
-        if encoding not in ("", "chunked") or (encoding and lengths) or len(lengths) > 1:
+        encodings = [encoding.strip().lower() for encoding in self.headers.get_all("Transfer-Encoding", [])]
+        if encodings not in ([], ["chunked"]) or (encodings and lengths) or len(lengths) > 1:
             raise RequestError("the length of the body is not clear", code="invalid_length")
-        if encoding:
+        if encodings:
             body = self._chunked_body()
         else:
             length = next(iter(lengths), "0").strip()
             if not length.isascii() or not length.isdecimal():
                 raise RequestError("Content-Length must be a number", code="invalid_length")
-            self._check_size(int(length))
-            body = self.rfile.read(int(length))
-            if len(body) < int(length):
+            size = self._size(length)
+            self._check_size(size)
+            body = self.rfile.read(size)
+            if len(body) < size:
                 raise ClientGone
         self._unread = False
         if body and kind not in JSON_TYPES and not kind.endswith("+json"):
@@ -223,23 +244,25 @@ class Handler(BaseHTTPRequestHandler):
         return body
 
     def _chunked_body(self) -> bytes:
-        body = b""
+        body = bytearray()
         while True:
-            head = self.rfile.readline(1024).split(b";")[0].strip()
-            try:
-                size = int(head, 16) if head.isalnum() else -1
-            except ValueError:
-                size = -1
-            if size < 0:
+            head = CHUNK_HEAD.fullmatch(self.rfile.readline(1024))
+            if head is None:
                 raise RequestError("a chunk of the body has no length", code="invalid_length")
+            size = int(head[1], 16)
             if size == 0:
                 break
             self._check_size(len(body) + size)
             body += self.rfile.read(size)
-            self.rfile.readline(3)
+            if self.rfile.readline(2).strip(b"\r\n"):
+                raise RequestError("a chunk of the body is longer than it says", code="invalid_length")
         while self.rfile.readline(65537).strip():
             pass  # trailers
-        return body
+        return bytes(body)
+
+    def _size(self, length: str) -> int:
+        """A number of bytes; more digits than Python reads, or memory has, are more than may come."""
+        return int(length) if len(length) < 20 else self.server.max_body_bytes + 1
 
     def _check_size(self, size: int) -> None:
         most = self.server.max_body_bytes
@@ -249,7 +272,7 @@ class Handler(BaseHTTPRequestHandler):
     def handle_expect_100(self) -> bool:
         """A client that asks before it sends is told at once that its body is too long."""
         length = self.headers.get("Content-Length", "0").strip()
-        if length.isdecimal() and int(length) > self.server.max_body_bytes:
+        if length.isdecimal() and self._size(length) > self.server.max_body_bytes:
             self.close_connection = True
             return True  # the body is refused before it is read
         return super().handle_expect_100()
@@ -352,9 +375,9 @@ def _path(target: str) -> str:
         return target
 
 
-def _no_listening(host: str, port: int, error: OSError) -> TQError:
+def _no_listening(host: str, port: int, error: OSError | UnicodeError) -> TQError:
     """Why there can be no server at an address."""
-    if isinstance(error, socket.gaierror):
+    if isinstance(error, socket.gaierror | UnicodeError):
         return TQError(f"there is no address {host}", hint="--host takes 127.0.0.1, 0.0.0.0 or a name of this machine")
     match error.errno:
         case errno.EADDRINUSE:

@@ -65,6 +65,12 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "draft_model": (("default_model",), "there is no draft model"),
     "adapters": ((), "merge the adapter into the model"),
 }
+# What transformers takes in the place of variables of a template: a client has no business with how it is called.
+NOT_VARIABLES = frozenset(
+    ("add_generation_prompt", "chat_template", "continue_final_message", "conversation", "max_length", "messages")
+    + ("padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens")
+    + ("tokenize", "tokenizer_kwargs", "tools", "truncation")
+)
 MOST_ANSWERS = 16
 MOST_LOGPROBS = 20
 
@@ -235,6 +241,10 @@ def _tools(body: Chat) -> tuple[dict[str, Any], ...]:
 def _thinking(body: Chat) -> tuple[bool | None, dict[str, Any]]:
     """Whether the model may think, and variables of the chat template."""
     variables = dict(body.chat_template_kwargs or {})
+    if wrong := sorted(NOT_VARIABLES & variables.keys()):
+        raise RequestError(
+            f"{wrong[0]} is no variable of a chat template that a request may set", param="chat_template_kwargs"
+        )
     match body.reasoning_effort:
         case None:
             return None, variables

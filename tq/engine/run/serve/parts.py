@@ -85,6 +85,21 @@ class AnswerParts:
         yield from calls
 
 
+class RawText:
+    """The same of a text that continues a prompt: all that the model wrote is text, markers too."""
+
+    n_calls = 0
+
+    def push(self, text: str) -> Iterator[Piece | ToolCall]:
+        """Yield it."""
+        if text:
+            yield Piece(text, "text")
+
+    def end(self) -> Iterator[Piece | ToolCall]:
+        """Nothing has been held back."""
+        return iter(())
+
+
 def _is_harmony(tokenizer: Any) -> bool:
     return not tokenizer.has_tool_calling and "<|channel|>" in tokenizer.get_vocab()
 

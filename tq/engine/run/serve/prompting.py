@@ -55,6 +55,8 @@ class Prompter:
         self._lock = threading.Lock()  # the tokenizer's
         self._beginnings: dict[str, list[int]] = {}  # of system messages and tools, the last few
         tokenizer = loaded.tokenizer
+        # Of long prompts transformers says once, on stderr, that they are; here `_room` says it to whom it concerns.
+        tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         self.facts = ModelFacts(
             name=loaded.path.name,
             context_length=context_length(loaded.config),

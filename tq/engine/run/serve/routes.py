@@ -298,6 +298,8 @@ def as_request_error(problem: Exception) -> RequestError:
         return RequestError(problem.message, hint=problem.hint, status=429, code="busy", retry_seconds=BUSY_SECONDS)
     if isinstance(problem, TQError):
         return RequestError(problem.message, hint=problem.hint)
+    if isinstance(problem, RecursionError):
+        return RequestError("the request is nested too deeply", code="invalid_json")
     if settings.debug():
         logger.error("internal error", exc_info=problem)
     return RequestError(f"internal error: {type(problem).__name__}: {problem}", status=500, code="internal_error")
@@ -359,17 +361,21 @@ def _chunks(
 def _settle(streams: Sequence[Stream], answers: Sequence[Answer], record: Record) -> None:
     """Cancel what goes on, and take the figures of all over."""
     _cancel(streams)
-    for stream, answer in zip(streams, answers, strict=True):
-        with contextlib.suppress(TQError):
-            while answer.done is None and (event := stream.wait(SETTLE_SECONDS)) is not None:
-                answer.add(event)
-    record.generated(answer.done for answer in answers if answer.done is not None)
+    until = time.monotonic() + SETTLE_SECONDS
+    ends = [
+        answer.done or stream.end(max(until - time.monotonic(), 0))
+        for stream, answer in zip(streams, answers, strict=True)
+    ]
+    record.generated(end for end in ends if end is not None)
 
 
 def _document(call: Call) -> dict[str, Any]:
     """The body of a call, which must be a JSON object."""
     try:
         document = json.loads(call.body)
+        json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # JSON can spell them
+        raise RequestError("the body has half of a character (a lone surrogate)", code="invalid_json") from error
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body is not JSON: {error}", code="invalid_json") from error
     if not isinstance(document, dict):

@@ -99,8 +99,8 @@ class Scheduler:
         self._thread.start()
         try:
             self._ready.result()
-        except BaseException:
-            self._thread.join()
+        except BaseException:  # of the thread, or Ctrl-C in this one
+            self.close()
             raise
         self._notes += self.take_notes()
         self.facts: ModelFacts = dataclasses.replace(self._prompter.facts, notes=tuple(self._notes))

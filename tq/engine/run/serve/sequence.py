@@ -12,7 +12,7 @@ from tq.engine.run.context import Context
 from tq.engine.run.decode import Chooser
 from tq.engine.run.generate import end_ids
 from tq.engine.run.sampling import logits_processors, token_picker
-from tq.engine.run.serve.parts import AnswerParts
+from tq.engine.run.serve.parts import AnswerParts, RawText
 from tq.engine.run.serve.prompting import Prompt
 from tq.engine.run.serve.requests import Done, Piece, Reading, Request, TokenLogprob
 from tq.engine.run.serve.rows import Chosen, Row
@@ -108,8 +108,12 @@ class Sequence:
         picker = token_picker(options, len(loaded.tokenizer), mx.random.key(seed))
         chooser = Chooser(tokens, logits_processors(options, len(tokens), ends), picker)
         self._tokenizer: Any = loaded.tokenizer
-        self._text = TokenText(loaded.tokenizer, options, ends, self.prompt.limit)
-        self._parts = AnswerParts(loaded.tokenizer, tokens, self.request.tools)
+        is_raw = self.request.messages is None
+        continues = is_raw or self.request.continue_last
+        self._text = TokenText(loaded.tokenizer, options, ends, self.prompt.limit, continues)
+        self._parts: AnswerParts | RawText = (
+            RawText() if is_raw else AnswerParts(loaded.tokenizer, tokens, self.request.tools)
+        )
         self.row = Row(self.context, chooser, tokens[-1], self.request.top_logprobs or 0)
         return self.row
 

@@ -23,6 +23,8 @@ class Stream:
     def __init__(self) -> None:
         self._events: queue.SimpleQueue[Event | TQError] = queue.SimpleQueue()
         self._cancelled = threading.Event()
+        self._over = threading.Event()
+        self._done: Done | None = None
         self._ended = False
 
     def __iter__(self) -> Iterator[Event]:
@@ -42,6 +44,11 @@ class Stream:
         except queue.Empty:
             return None
 
+    def end(self, seconds: float) -> Done | None:
+        """The last event, which stays where it is; None: it failed, or goes on after so many seconds."""
+        self._over.wait(seconds)
+        return self._done
+
     def cancel(self) -> None:
         """End the answer at the next token: Done("cancelled") follows. Any thread may call this."""
         self._cancelled.set()
@@ -53,6 +60,10 @@ class Stream:
     def put(self, event: Event | TQError) -> None:
         """The next event, or what went wrong in place of the last one."""
         self._events.put(event)
+        if isinstance(event, Done):
+            self._done = event
+        if isinstance(event, Done | TQError):
+            self._over.set()
 
     def _received(self, event: Event | TQError) -> Event:
         if isinstance(event, TQError):

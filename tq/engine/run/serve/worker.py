@@ -237,7 +237,8 @@ class Worker:
 
     def _decode(self) -> None:
         for sequence in [s for s in self.running if s.is_last]:  # nothing goes into the model after it
-            self._collect(sequence)
+            if sequence in self.running:  # it has not failed with another one
+                self._collect(sequence)
         for row, launched in self._rows.launch() if self._rows.rows else ():
             if row not in self._of_row:
                 continue  # it failed with another one
@@ -283,13 +284,15 @@ class Worker:
         self.prompt_tokens += len(sequence.prompt.tokens)
         self.cached_tokens += sequence.cached
         self.completion_tokens += sequence.count
-        if sequence.context is not None and sequence.context.tokens:
-            first = sequence.prompt.tokens[: sequence.prompt.beginning]
-            if self._prompts is not None and len(first) >= LEAST_TOKENS and first not in self._beginnings:
-                self._beginnings.append(first)
-            self.prefixes.add(sequence.context)
-        self._make_room()
-        sequence.done(cancelled)
+        try:
+            if sequence.context is not None and sequence.context.tokens:
+                first = sequence.prompt.tokens[: sequence.prompt.beginning]
+                if self._prompts is not None and len(first) >= LEAST_TOKENS and first not in self._beginnings:
+                    self._beginnings.append(first)
+                self.prefixes.add(sequence.context)
+            self._make_room()
+        finally:  # it is in no list any more: nobody else would tell who waits for it
+            sequence.done(cancelled)
 
     def _leave(self, sequence: Sequence) -> None:
         if sequence.row is not None:
