@@ -63,7 +63,7 @@ def test_options_reach_the_engine(tq, checkpoint, asked, monkeypatch):
 
     given = []
     real = generate.generate
-    monkeypatch.setattr(generate, "generate", lambda *args: given.append(args[2]) or real(*args))
+    monkeypatch.setattr(generate, "generate", lambda *args, **more: given.append(args[2]) or real(*args, **more))
     arguments = "--temp 0.5 --top-p 0.9 --top-k 7 --min-p 0.1 --repetition-penalty 1.1 --repetition-context 9".split()
     arguments += "--min-tokens 2 -n 5 --seed 4 --stop zz --stop yy --system Be.brief --no-think".split()
     assert tq("run", "-m", checkpoint, "hello", *arguments).code == 0
@@ -82,7 +82,7 @@ def test_kv_options_reach_the_engine(tq, checkpoint, monkeypatch):
 
     given = []
     real = generate.generate
-    monkeypatch.setattr(generate, "generate", lambda *args: given.append(args[3]) or real(*args))
+    monkeypatch.setattr(generate, "generate", lambda *args, **more: given.append(args[3]) or real(*args, **more))
     arguments = "--kv-bits k4v4 --kv-k-bits 5 --kv-v-bits 3.5 --kv-sink 4 --kv-codec qjl,lloyd-max".split()
     result = tq("run", "-m", checkpoint, "hello", "-n", "3", *arguments)
     assert result.code == 0
@@ -99,7 +99,7 @@ def test_defaults_are_those_of_the_engine(tq, checkpoint, monkeypatch):
 
     given = []
     real = generate.generate
-    monkeypatch.setattr(generate, "generate", lambda *args: given.append(args[2]) or real(*args))
+    monkeypatch.setattr(generate, "generate", lambda *args, **more: given.append(args[2]) or real(*args, **more))
     assert tq("run", "-m", checkpoint, "hello").code == 0
     assert given == [generate.GenerateOptions()]
 
@@ -141,3 +141,14 @@ def test_a_terminal_on_stdin_is_not_read(monkeypatch):
 
     monkeypatch.setattr("sys.stdin", Terminal())
     assert command.read_question("hello", None) == "hello"
+
+
+@pytest.mark.parametrize(("how", "continues"), [([], False), (["--raw"], True)])
+def test_a_raw_prompt_is_gone_on_with_to_the_letter(tq, checkpoint, monkeypatch, how, continues):
+    from tq.engine.run import generate
+
+    given = []
+    real = generate.generate
+    monkeypatch.setattr(generate, "generate", lambda *args, **more: given.append(more) or real(*args, **more))
+    assert tq("run", "-m", checkpoint, "-n", "2", *how, "hello").code == 0
+    assert given == [{"continues": continues}]

@@ -19,7 +19,7 @@ def generated(monkeypatch):
 
     seen = []
     real = generate.generate
-    monkeypatch.setattr(generate, "generate", lambda *args: seen.append(args[2:4]) or real(*args))
+    monkeypatch.setattr(generate, "generate", lambda *args, **more: seen.append(args[2:4]) or real(*args, **more))
     return seen
 
 

@@ -101,11 +101,12 @@ def answer(
     if stream is None:
         options.say_if_tight(out, loaded.size_bytes)
     tokens = encode_prompt(loaded.tokenizer, question, system=system, raw=raw, think=think)
+    continues = raw or not loaded.tokenizer.has_chat_template
     recorder = loaded.pager.record() if loaded.pager and trace else None
 
     text = ""
     try:
-        for event in generate(loaded, tokens, chosen, kv):
+        for event in generate(loaded, tokens, chosen, kv, continues=continues):
             if isinstance(event, Finished):
                 finished = event
                 continue

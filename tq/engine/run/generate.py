@@ -169,6 +169,7 @@ def generate(
     options: GenerateOptions | None = None,
     kv: KVSettings | None = None,
     context: Context | None = None,
+    continues: bool = False,
 ) -> Iterator[Token | Finished]:
     """Continue a prompt, one event per token, then one Finished.
 
@@ -178,6 +179,7 @@ def generate(
     Args:
         kv: Keep keys and values packed like this; None keeps them in float16 or as the model has them.
         context: What the model has read already: a beginning of the prompt. It goes on with the prompt and the answer.
+        continues: The answer goes on with the prompt's text: a space at its beginning stays.
 
     Raises:
         UsageError: No prompt tokens.
@@ -198,7 +200,7 @@ def generate(
         limit = min(limit, most - len(prompt_tokens))
     if context is None:
         context = open_context(loaded.model, kv)
-    return _events(loaded, list(prompt_tokens), options, limit, context)
+    return _events(loaded, list(prompt_tokens), options, limit, context, continues)
 
 
 def open_context(model: nn.Module, kv: KVSettings | None) -> Context:
@@ -250,12 +252,17 @@ def packing_notes(model: nn.Module, kv: KVSettings | None) -> list[Note]:
 
 
 def _events(
-    loaded: LoadedModel, prompt_tokens: list[int], options: GenerateOptions, limit: int, context: Context
+    loaded: LoadedModel,
+    prompt_tokens: list[int],
+    options: GenerateOptions,
+    limit: int,
+    context: Context,
+    continues: bool,
 ) -> Iterator[Token | Finished]:
     from mlx_lm.utils import maybe_set_recommended_wired_limit
 
     ends = end_ids(loaded)
-    answer = TokenText(loaded.tokenizer, options, ends, limit)
+    answer = TokenText(loaded.tokenizer, options, ends, limit, continues)
     if options.seed is not None:
         mx.random.seed(options.seed)
     mx.reset_peak_memory()
