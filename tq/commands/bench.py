@@ -130,7 +130,7 @@ def bench(
         return bench_cache.sweep_cache(out, style, model, *read, loading)
     if plot == plots.TERMINAL and style != Format.TABLE:
         raise UsageError(f"--plot - goes with --format table, not with {style}", "--plot FILE.png goes with all")
-    contexts = _numbers(context or (SWEEP_CONTEXTS if sweep else CONTEXTS))
+    contexts = options.contexts(context or (SWEEP_CONTEXTS if sweep else CONTEXTS), "0,2048,8192")
     configured = options.read_settings(out, profile=profile, **vars(caching))
     if plot is not None:
         plots.check(plot)
@@ -189,13 +189,6 @@ def bench(
                 out.warn(f"other programs took {busy:.0f} % of the processors: best is nearer the truth than median")
         if not complete:
             out.say("not complete: " + ("these are the numbers so far" if rows else "nothing is measured yet"))
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise UsageError(f"--context {text} is not a list of numbers", "for example --context 0,2048,8192")
-    return tuple(int(part) for part in parts)
 
 
 def _refuse(given: dict[str, Any], why: str, hint: str) -> None:

@@ -11,7 +11,7 @@ import typer
 from tq import settings
 from tq.commands import groups, options
 from tq.errors import TQError, UsageError
-from tq.output import Output, human_bytes, is_terminal, report_error
+from tq.output import Output, is_terminal, report_error
 
 EPILOG = options.examples(
     "tq chat -m SmolLM2-135M-Instruct-tq4",
@@ -45,7 +45,6 @@ def chat(
     """
     out = Output(**vars(printing))
     configured = options.read_settings(out, profile=profile, **vars(caching), prompt_cache=prompt_cache, budget=stream)
-    budget = configured.prompt_cache_bytes
     interactive = sys.stdin is not None and is_terminal(sys.stdin) and is_terminal(sys.stdout)
     if interactive and printing.json:
         raise UsageError("--json needs messages that are piped in", hint="printf 'Hello!\\n' | tq chat -m MODEL --json")
@@ -54,7 +53,6 @@ def chat(
 
     out.detail(f"BLAS: {blas.enable().reason}")
     from tq.commands.chat_commands import Commands
-    from tq.engine.cache.prompts import PromptCache
     from tq.engine.model.load import load
     from tq.engine.run.chat import Conversation
     from tq.engine.run.generate import packing_notes, prompt_notes
@@ -65,10 +63,7 @@ def chat(
     streaming = options.stream_settings(configured) if stream else None
     with _loading(model, interactive and not printing.quiet, out):
         loaded = load(model, **vars(loading), stream=streaming)
-    prompts = None
-    if budget:
-        out.detail(f"prompts read before: up to {human_bytes(budget)} in {settings.cache_dir() / 'prompts'}")
-        prompts = PromptCache.of_model(settings.cache_dir() / "prompts", budget, loaded.path, loaded.model, kv)
+    prompts = options.prompt_cache(out, configured, loaded)
     conversation = Conversation(loaded, system, chosen, kv, prompts, think=not no_think)
     asked = prompt_notes(loaded.tokenizer, think=not no_think) + packing_notes(loaded.model, kv)
     for message in [*loaded.notes, *(note.message for note in asked)]:

@@ -88,6 +88,19 @@ class Sampling:
         return {**vars(self), "stop": tuple(self.stop or ())}
 
 
+@dataclass(frozen=True)
+class Asking:
+    """What is asked of a model once, and how much of an answer is wanted."""
+
+    prompt_option: options.PromptOption = None
+    system: options.System = None
+    raw: options.Raw = False
+    no_think: options.NoThink = False
+    max_tokens: options.MaxTokens = 512
+    seed: options.Seed = None
+    stats: options.Stats = False
+
+
 def flat(command: Callable[..., None]) -> Callable[..., None]:
     """The command with the fields of its groups as parameters of their own, in their places."""
     signature = inspect.signature(command, eval_str=True)

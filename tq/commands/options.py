@@ -4,10 +4,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tq.output import Output
+from tq import settings
+from tq.errors import UsageError
+from tq.output import Output, human_bytes
 
 if TYPE_CHECKING:
+    from tq.engine.cache import prompts
     from tq.engine.machine.settings import Settings
+    from tq.engine.model.load import LoadedModel
     from tq.engine.stream.settings import StreamSettings
 
 Model = Annotated[
@@ -193,6 +197,26 @@ def stream_settings(configured: "Settings", max_active_experts: int | None = Non
 
     chosen = {name: configured[f"stream.{name}"] for name in ("budget", "workers", "policy", "prefetch")}
     return StreamSettings.from_options(**chosen, max_active_experts=max_active_experts)
+
+
+def contexts(text: str, example: str) -> tuple[int, ...]:
+    """The numbers of tokens of ``--context``. Raises UsageError, with an example, if they are none."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise UsageError(f"--context {text} is not a list of numbers", f"for example --context {example}")
+    return tuple(int(part) for part in parts)
+
+
+def prompt_cache(out: Output, configured: "Settings", loaded: "LoadedModel") -> "prompts.PromptCache | None":
+    """Where prompts that a model has read are kept on disk; None: nowhere."""
+    budget = configured.prompt_cache_bytes
+    if not budget:
+        return None
+    from tq.engine.cache import prompts
+
+    folder = settings.cache_dir() / "prompts"
+    out.detail(f"prompts read before: up to {human_bytes(budget)} in {folder}")
+    return prompts.PromptCache.of_model(folder, budget, loaded.path, loaded.model, configured.kv)
 
 
 def say_if_tight(out: Output, weights_bytes: int) -> None:

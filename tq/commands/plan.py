@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tq.commands import groups, options
-from tq.errors import UsageError
 from tq.output import Output, facts, human_bytes, human_count, render
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ def plan(
     from tq.engine.run.plan.fit import RESERVE_BYTES, Memory
     from tq.engine.run.plan.report import Planner, Question
 
-    contexts = _numbers(context)
+    contexts = () if context is None else options.contexts(context, "4096,32768")
     target = machines.find(hardware)
     configured = options.read_settings(
         out,
@@ -96,13 +95,6 @@ def plan(
     out.result(document(report), text(report, printing.verbose))
     if report.verdict != "fits":
         raise typer.Exit(NOT_FITTING)
-
-
-def _numbers(context: str | None) -> tuple[int, ...]:
-    parts = [] if context is None else [part.strip() for part in context.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise UsageError(f"--context {context} is not a list of numbers", "for example --context 4096,32768")
-    return tuple(int(part) for part in parts)
 
 
 def document(report: "Report") -> dict[str, Any]:

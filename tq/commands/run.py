@@ -3,14 +3,14 @@
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tq.commands import groups, options
 from tq.errors import TQError, UsageError
 from tq.output import Output, human_bytes
 
 if TYPE_CHECKING:
-    from tq.engine.cache.settings import KVSettings
+    from tq.engine.machine.settings import Settings
     from tq.engine.stream.settings import StreamSettings
 
 EPILOG = options.examples(
@@ -25,16 +25,10 @@ def run(
     prompt: options.Prompt = None,
     *,
     model: options.Model,
-    prompt_option: options.PromptOption = None,
-    system: options.System = None,
-    raw: options.Raw = False,
-    no_think: options.NoThink = False,
-    max_tokens: options.MaxTokens = 512,
+    asking: groups.Asking,
     sampling: groups.Sampling,
-    seed: options.Seed = None,
     caching: groups.Caching,
     profile: options.Profile = None,
-    stats: options.Stats = False,
     loading: groups.Loading,
     printing: groups.Printing,
 ) -> None:
@@ -44,42 +38,30 @@ def run(
     """
     out = Output(**vars(printing))
     configured = options.read_settings(out, profile=profile, **vars(caching))
-    answer(
-        out,
-        model,
-        read_question(prompt, prompt_option),
-        {"max_tokens": max_tokens, **sampling.asked, "seed": seed, "prefill_step": configured.prefill_step},
-        configured.kv,
-        system=system,
-        raw=raw,
-        think=not no_think,
-        stats=stats,
-        loading=loading,
-    )
+    answer(out, model, prompt, asking, sampling, loading, configured)
 
 
 def answer(
     out: Output,
     model: str,
-    question: str,
-    generating: dict[str, Any],
-    kv: "KVSettings | None",
-    *,
-    system: str | None,
-    raw: bool,
-    think: bool,
-    stats: bool,
+    prompt: str | None,
+    asking: groups.Asking,
+    sampling: groups.Sampling,
     loading: groups.Loading,
+    configured: "Settings",
+    *,
     stream: "StreamSettings | None" = None,
     trace: Path | None = None,
 ) -> None:
     """Load a model, let it answer and show that: what `tq run` and `tq stream` have in common.
 
     Args:
-        generating: The fields of GenerateOptions.
+        prompt: As an argument; None: in another way.
         stream: Leave the experts of the model on the disk.
         trace: Where to write which of them ran.
     """
+    question, think = read_question(prompt, asking.prompt_option), not asking.no_think
+
     from tq.cpu import blas
 
     out.detail(f"BLAS: {blas.enable().reason}")
@@ -93,15 +75,18 @@ def answer(
         prompt_notes,
     )
 
-    chosen = GenerateOptions(**generating)
+    chosen = GenerateOptions(
+        max_tokens=asking.max_tokens, **sampling.asked, seed=asking.seed, prefill_step=configured.prefill_step
+    )
+    kv = configured.kv
     loaded = load(model, **vars(loading), stream=stream)
-    asked = prompt_notes(loaded.tokenizer, raw=raw, think=think) + packing_notes(loaded.model, kv)
+    asked = prompt_notes(loaded.tokenizer, raw=asking.raw, think=think) + packing_notes(loaded.model, kv)
     for message in [*loaded.notes, *(note.message for note in asked)]:
         out.say(message)
     if stream is None:
         options.say_if_tight(out, loaded.size_bytes)
-    tokens = encode_prompt(loaded.tokenizer, question, system=system, raw=raw, think=think)
-    continues = raw or not loaded.tokenizer.has_chat_template
+    tokens = encode_prompt(loaded.tokenizer, question, system=asking.system, raw=asking.raw, think=think)
+    continues = asking.raw or not loaded.tokenizer.has_chat_template
     recorder = loaded.pager.record() if loaded.pager and trace else None
 
     text = ""
@@ -122,7 +107,7 @@ def answer(
     if out.json:
         document = {"model": model, "text": text, **dataclasses.asdict(finished)}
         out.result(document if report is None else {**document, "stream": dataclasses.asdict(report)}, "")
-    if stats:
+    if asking.stats:
         out.say(
             f"prompt {finished.prompt_tokens} tokens at {finished.prefill_tokens_per_second:.1f}/s, "
             f"answer {finished.tokens} tokens at {finished.decode_tokens_per_second:.1f}/s, "

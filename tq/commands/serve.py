@@ -16,7 +16,7 @@ import typer
 from tq import settings
 from tq.commands import groups, options
 from tq.errors import UsageError
-from tq.output import Output, human_bytes, human_seconds
+from tq.output import Output, human_seconds
 
 if TYPE_CHECKING:
     from tq.engine.run.serve.http import Server
@@ -124,7 +124,6 @@ def serve(
     from tq.cpu import blas
 
     out.detail(f"BLAS: {blas.enable().reason}")
-    from tq.engine.cache.prompts import PromptCache
     from tq.engine.model.load import load
     from tq.engine.run.generate import prompt_notes
     from tq.engine.run.sampling import GenerateOptions
@@ -147,11 +146,7 @@ def serve(
             out.warn("whoever reaches this machine can use the model: --api-key or TQ_API_KEY asks for a key")
         log.say(f"loading {model}")
         loaded = load(model, **vars(loading), stream=streaming)
-        prompts = None
-        if budget := configured.prompt_cache_bytes:
-            folder = settings.cache_dir() / "prompts"
-            out.detail(f"prompts read before: up to {human_bytes(budget)} in {folder}")
-            prompts = PromptCache.of_model(folder, budget, loaded.path, loaded.model, configured.kv)
+        prompts = options.prompt_cache(out, configured, loaded)
         scheduler = closing.enter_context(
             contextlib.closing(
                 Scheduler(

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from tq.commands import groups, options
-from tq.commands.run import answer, read_question
+from tq.commands.run import answer
 from tq.output import Output
 
 EPILOG = options.examples(
@@ -49,16 +49,10 @@ def stream(
         Path | None,
         typer.Option("--trace", metavar="FILE", help="Write down which experts ran, for tq bench --sweep cache."),
     ] = None,
-    prompt_option: options.PromptOption = None,
-    system: options.System = None,
-    raw: options.Raw = False,
-    no_think: options.NoThink = False,
-    max_tokens: options.MaxTokens = 512,
+    asking: groups.Asking,
     sampling: groups.Sampling,
-    seed: options.Seed = None,
     caching: groups.Caching,
     profile: options.Profile = None,
-    stats: options.Stats = False,
     loading: groups.Loading,
     printing: groups.Printing,
 ) -> None:
@@ -73,14 +67,11 @@ def stream(
     answer(
         out,
         model,
-        read_question(prompt, prompt_option),
-        {"max_tokens": max_tokens, **sampling.asked, "seed": seed, "prefill_step": configured.prefill_step},
-        configured.kv,
-        system=system,
-        raw=raw,
-        think=not no_think,
-        stats=stats,
-        loading=loading,
+        prompt,
+        asking,
+        sampling,
+        loading,
+        configured,
         stream=options.stream_settings(configured, max_active_experts),
         trace=trace,
     )
